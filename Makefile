@@ -1,0 +1,31 @@
+# Two commands for a fresh machine with Python >= 3.10: `make demo` and `make test`. Both make their own environment.
+PYTHON ?= python3
+# installed before anything that depends on torch, so that its kind (CPU, CUDA) is decided here
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml core/pyproject.toml $(wildcard plugins/*/pyproject.toml) Makefile
+
+.PHONY: demo test check build clean
+
+demo: $(VENV)/.ready
+	$(BIN)/attnmux demo --output demo/denoising.png
+
+test: $(VENV)/.ready
+	PATH="$(abspath $(BIN)):$$PATH" scripts/test
+
+check: $(VENV)/.ready
+	PATH="$(abspath $(BIN)):$$PATH" scripts/check
+
+build: $(VENV)/.ready
+	PATH="$(abspath $(BIN)):$$PATH" scripts/build
+
+$(VENV)/.ready: $(SOURCES)
+	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 10) else 'attnmux needs Python >= 3.10, this is ' + sys.version)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e "core[demo,test]" $(addprefix -e ,$(wildcard plugins/*)) ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist build demo

@@ -1,0 +1,190 @@
+"""The four classes a backend is made of.
+
+AttentionBackend          static methods that say which classes belong together
+AttentionImpl             one layer's attention: constructor arguments, forward
+AttentionMetadata         what a forward pass needs beyond q, k, v: the geometry, the step
+AttentionMetadataBuilder  makes the metadata from what a pipeline knows
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from attnmux.errors import UnsupportedRequestError
+
+if TYPE_CHECKING:
+    import torch
+
+    from attnmux.spec import AttentionRequest, Reason
+
+__all__ = [
+    "REQUIRED_METHODS",
+    "AttentionBackend",
+    "AttentionImpl",
+    "AttentionMetadata",
+    "AttentionMetadataBuilder",
+]
+
+REQUIRED_METHODS = ("get_name", "get_impl_cls", "get_metadata_cls", "get_builder_cls", "get_supported_head_sizes")
+"""Static methods without which a backend is refused when it is loaded."""
+
+T = TypeVar("T", bound="AttentionMetadata")
+
+
+class AttentionBackend(ABC):
+    """Names the classes of one backend. It is never instantiated; the registry checks it when it is loaded."""
+
+    @staticmethod
+    @abstractmethod
+    def get_name() -> str:
+        """Return the backend's name, the same as its spec's."""
+
+    @staticmethod
+    @abstractmethod
+    def get_impl_cls() -> type[AttentionImpl[Any]]:
+        """Return the class of one layer's attention."""
+
+    @staticmethod
+    @abstractmethod
+    def get_metadata_cls() -> type[AttentionMetadata]:
+        """Return the class of the metadata; `AttentionMetadata` itself where nothing is needed."""
+
+    @staticmethod
+    @abstractmethod
+    def get_builder_cls() -> type[AttentionMetadataBuilder[Any]]:
+        """Return the class that builds the metadata."""
+
+    @staticmethod
+    @abstractmethod
+    def get_supported_head_sizes() -> list[int]:
+        """Return the head sizes that the impl takes; an empty list means every one its capabilities declare."""
+
+    @staticmethod
+    def check_request(request: AttentionRequest) -> list[Reason]:
+        """Return the reasons why this request cannot be served that `Capabilities` cannot express; empty if it can."""
+        return []
+
+    @staticmethod
+    def describe_engine(request: AttentionRequest) -> str:
+        """Return in a few words what would run this request, and why; empty where there is only one engine."""
+        return ""
+
+
+@dataclass
+class AttentionMetadata:
+    """What a forward pass needs beyond q, k and v. Backends derive from it.
+
+    Attributes:
+        current_timestep: Index of the denoising step, from 0.
+    """
+
+    current_timestep: int
+
+    def asdict_zerocopy(self, skip_fields: set[str] | None = None) -> dict[str, Any]:
+        """Return the fields by name, the same objects, without those in `skip_fields`."""
+        skipped = skip_fields or set()
+        return {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in skipped
+        }
+
+
+class AttentionMetadataBuilder(ABC, Generic[T]):
+    """Builds the metadata of one forward pass."""
+
+    @abstractmethod
+    def __init__(self) -> None: ...
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Reset what was kept from the previous batch."""
+
+    @abstractmethod
+    def build(self, **kwargs: Any) -> T:
+        """Return the metadata for one forward pass."""
+
+
+class AttentionImpl(ABC, Generic[T]):
+    """Attention of one layer. A subclass that has parameters is also an `nn.Module`.
+
+    Args:
+        num_heads: Query heads, >= 1.
+        head_size: Channels of one head, >= 1.
+        softmax_scale: Factor on the scores; None = `head_size ** -0.5`; 0.0 is a value.
+        causal: Whether a query sees only keys up to its own position, the last query aligned with the last key.
+        num_kv_heads: Key and value heads; None = `num_heads`.
+        prefix: Name of the layer in its model, for messages.
+        **extra_impl_args: Arguments of the backend's own; this class knows none and refuses each by name.
+
+    Raises:
+        UnsupportedRequestError: An argument is unknown, out of range, or one the backend cannot honour.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        num_kv_heads: int | None = None,
+        prefix: str = "",
+        **extra_impl_args: Any,
+    ) -> None:
+        if extra_impl_args:
+            names = ", ".join(sorted(extra_impl_args))
+            raise UnsupportedRequestError(
+                f"{type(self).__name__} does not know the argument {names}; remove it, or choose the backend it belongs to"
+            )
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, value in (("num_heads", num_heads), ("head_size", head_size), ("num_kv_heads", num_kv_heads)):
+            if not isinstance(value, int) or value < 1:
+                raise UnsupportedRequestError(f"{type(self).__name__}: {name} must be an integer >= 1, got {value!r}")
+        if num_heads % num_kv_heads:
+            raise UnsupportedRequestError(
+                f"{type(self).__name__}: num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}"
+            )
+        scale = head_size**-0.5 if softmax_scale is None else float(softmax_scale)
+        if not math.isfinite(scale):
+            raise UnsupportedRequestError(f"{type(self).__name__}: softmax_scale must be finite, got {softmax_scale!r}")
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.softmax_scale = scale
+        self.causal = causal
+        self.num_kv_heads = num_kv_heads
+        self.prefix = prefix
+
+    def preprocess_qkv(self, qkv: torch.Tensor, attn_metadata: T | None) -> torch.Tensor:
+        """Rearrange q, k or v before attention; the same on each, independent of the batch. Identity by default.
+
+        Args:
+            qkv: `[N, S, H, D]`: one of q, k, v, or several stacked along the batch.
+            attn_metadata: Metadata of this forward pass.
+        """
+        return qkv
+
+    def postprocess_output(self, output: torch.Tensor, attn_metadata: T | None) -> torch.Tensor:
+        """Undo on the output `[B, S, H, D]` what `preprocess_qkv` did to the queries. Identity by default."""
+        return output
+
+    @abstractmethod
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_metadata: T | None
+    ) -> torch.Tensor:
+        """Return the attention output.
+
+        A backend's own tensor inputs are keyword-only parameters, declared in `Capabilities.extra_inputs`. With the
+        capability `returns_lse` there is a keyword `return_lse=False`; True gives `(output, lse)`, lse `[B, H, S_q]`
+        float32, natural logarithm, -inf for a query with nothing to attend (its output is 0).
+
+        Args:
+            query: `[B, S_q, H, D]`, D contiguous, otherwise any strides; not modified.
+            key: `[B, S_k, H_kv, D]`, likewise.
+            value: `[B, S_k, H_kv, D]`, likewise.
+            attn_metadata: Metadata of this forward pass, or None.
+
+        Returns:
+            `[B, S_q, H, D]` in the dtype of `query`.
+        """

@@ -1,0 +1,257 @@
+"""TORCH_SDPA: PyTorch's scaled dot-product attention, with the fastest of torch's own kernels for the request."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from attnmux.backend import AttentionBackend, AttentionImpl, AttentionMetadata
+from attnmux.backends.dense import DenseMetadataBuilder
+from attnmux.errors import UnsupportedRequestError
+
+if TYPE_CHECKING:
+    from attnmux.spec import AttentionRequest
+
+__all__ = ["SDPABackend", "SDPAImpl"]
+
+_HALF = ("float16", "bfloat16")
+
+
+class _Call(NamedTuple):
+    """One call in torch's layout: q, k, v `[B, H, S, D]`, the mask in the form the kernels take."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None
+    is_causal: bool
+    scale: float
+
+
+class SDPAImpl(AttentionImpl[AttentionMetadata]):
+    """Exact attention for any head size, dtype, mask and device.
+
+    Masks come as the keyword `attn_mask`: bool (True = attend) or additive floating point, broadcastable to
+    `[B, H, S_q, S_k]`; key padding is the bool form `[B, 1, 1, S_k]`. A mask and `causal` combine. A query with nothing
+    to attend gives zeros, and zero gradients. The log-sum-exp carries no gradient.
+
+    Numerics: torch's; half precision inputs accumulate in float32.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        num_kv_heads: int | None = None,
+        prefix: str = "",
+        **extra_impl_args: Any,
+    ) -> None:
+        super().__init__(num_heads, head_size, softmax_scale, causal, num_kv_heads, prefix, **extra_impl_args)
+        self._prefers_cudnn = frozenset(
+            dtype
+            for dtype in (torch.float16, torch.bfloat16)
+            if torch.cuda.is_available() and _prefers_cudnn(head_size, str(dtype).removeprefix("torch."))
+        )
+
+    def forward(  # type: ignore[override]
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+        *,
+        attn_mask: torch.Tensor | None = None,
+        return_lse: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Return the output `[B, S_q, H, D]`, with `return_lse=True` also the LSE `[B, H, S_q]`.
+
+        Args:
+            query: `[B, S_q, H, D]`.
+            key: `[B, S_k, H_kv, D]`.
+            value: `[B, S_k, H_kv, D]`.
+            attn_metadata: Not read.
+            attn_mask: See the class.
+            return_lse: Whether to return the log-sum-exp of the scaled scores: float32, natural logarithm, -inf for a
+                query with nothing to attend.
+
+        Raises:
+            UnsupportedRequestError: The mask has a dtype, shape or device that does not fit, or requires gradients where
+                the LSE is asked for.
+        """
+        call = self._prepare(query, key, value, attn_mask)
+        if return_lse:
+            if attn_mask is not None and attn_mask.requires_grad:
+                raise UnsupportedRequestError(
+                    "attn_mask requires gradients, which torch's kernels with log-sum-exp do not compute; detach it, or "
+                    "leave out return_lse"
+                )
+            output, lse = self._attend_with_lse(call)
+            return output.transpose(1, 2), lse
+        if self._uses_cudnn(call):
+            output = _cudnn(call)[0]
+        else:
+            output = F.scaled_dot_product_attention(
+                call.q,
+                call.k,
+                call.v,
+                attn_mask=call.mask,
+                is_causal=call.is_causal,
+                scale=call.scale,
+                enable_gqa=self.num_heads != self.num_kv_heads,
+            )
+        return output.transpose(1, 2)
+
+    def _prepare(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> _Call:
+        length_q, length_k = query.shape[1], key.shape[1]
+        if mask is not None:
+            mask = _checked_mask(mask, query, length_k)
+        is_causal = self.causal
+        if is_causal and (mask is not None or length_q != length_k):
+            # torch aligns the first query with the first key; the contract aligns the last ones
+            visible = torch.ones(length_q, length_k, dtype=torch.bool, device=query.device).tril(length_k - length_q)
+            if mask is None:
+                mask = visible
+            elif mask.dtype == torch.bool:
+                mask = mask & visible
+            else:
+                mask = mask.masked_fill(~visible, float("-inf"))
+            is_causal = False
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return _Call(q, k, v, mask, is_causal, self.softmax_scale)
+
+    def _uses_cudnn(self, call: _Call) -> bool:
+        return call.mask is None and call.q.is_cuda and call.q.dtype in self._prefers_cudnn
+
+    def _attend_with_lse(self, call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v, mask, is_causal, scale = call
+        length_q, length_k = q.shape[2], k.shape[2]
+        if self._uses_cudnn(call):
+            output, lse = _cudnn(call)
+            return output, lse
+        if self.num_heads != self.num_kv_heads:
+            k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for x in (k, v))
+        bias = mask
+        if mask is not None and mask.dtype == torch.bool:
+            bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
+        if q.device.type == "cpu":
+            output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, is_causal, attn_mask=bias, scale=scale
+            )
+        elif q.dtype == torch.float64:
+            output, lse = _explicit(q, k, v, bias, is_causal, scale)
+        else:
+            if bias is not None:
+                bias = _aligned(bias.expand(q.shape[0], q.shape[1], length_q, length_k))
+            output, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
+                q, k, v, bias, True, 0.0, is_causal, scale=scale
+            )[:2]
+        # the memory-efficient kernel pads the rows of its LSE
+        lse = lse[..., :length_q].to(torch.float32)
+        if mask is not None:
+            visible = mask if mask.dtype == torch.bool else mask != float("-inf")
+            # torch leaves 0 or +inf there
+            lse = lse.masked_fill(~visible.any(-1), float("-inf"))
+        return output, lse.detach()
+
+
+def _cudnn(call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
+    # the log-sum-exp is asked for in any case: backward reads it, and writing it costs nothing measurable
+    output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        call.q, call.k, call.v, None, True, 0.0, call.is_causal, False, scale=call.scale
+    )[:2]
+    return output, lse.detach().reshape(call.q.shape[:3])
+
+
+def _explicit(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, is_causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with all scores in memory: float64 on CUDA, for which torch has no fused kernel."""
+    scores = q @ k.transpose(-1, -2) * scale
+    if bias is not None:
+        scores = scores + bias
+    if is_causal:
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~visible, float("-inf"))
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
+    return weights @ v, lse
+
+
+def _aligned(bias: torch.Tensor) -> torch.Tensor:
+    """Return the bias with rows that start at multiples of 16 elements, as the memory-efficient kernel wants them."""
+    length = bias.shape[-1]
+    return F.pad(bias, (0, -length % 16))[..., :length] if length % 16 else bias
+
+
+def _checked_mask(mask: torch.Tensor, query: torch.Tensor, length_k: int) -> torch.Tensor:
+    batch, length_q, heads = query.shape[:3]
+    full = (batch, heads, length_q, length_k)
+    if mask.device != query.device:
+        raise UnsupportedRequestError(f"attn_mask is on {mask.device}, q on {query.device}; move it there")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise UnsupportedRequestError(
+            f"attn_mask must be bool (True = attend) or additive floating point, got {mask.dtype}; for 0/1 masks use .bool()"
+        )
+    if mask.dim() not in (2, 4) or any(
+        have not in (1, want) for have, want in zip(reversed(mask.shape), reversed(full), strict=False)
+    ):
+        raise UnsupportedRequestError(
+            f"attn_mask must broadcast to [batch, heads, S_q, S_k] = {list(full)}, got {list(mask.shape)}; key padding is "
+            f"[{batch}, 1, 1, {length_k}]"
+        )
+    return mask if mask.dtype == torch.bool else mask.to(query.dtype)
+
+
+def _prefers_cudnn(head_size: int, dtype: str, arch: int | None = None) -> bool:
+    """Whether cuDNN's kernel serves unmasked half precision attention best on the current device."""
+    if dtype not in _HALF or not torch.backends.cuda.cudnn_sdp_enabled():  # type: ignore[no-untyped-call]
+        return False
+    # cuDNN's backward adds with atomics
+    if torch.are_deterministic_algorithms_enabled():
+        return False
+    if arch is None:
+        major, minor = torch.cuda.get_device_capability()
+        arch = major * 10 + minor
+    return arch == 90 and head_size % 8 == 0 and head_size <= 128
+
+
+class SDPABackend(AttentionBackend):
+    """PyTorch's scaled dot-product attention."""
+
+    @staticmethod
+    def get_name() -> str:
+        """Return "TORCH_SDPA"."""
+        return "TORCH_SDPA"
+
+    @staticmethod
+    def get_impl_cls() -> type[SDPAImpl]:
+        """Return SDPAImpl."""
+        return SDPAImpl
+
+    @staticmethod
+    def get_metadata_cls() -> type[AttentionMetadata]:
+        """Return AttentionMetadata: nothing is needed."""
+        return AttentionMetadata
+
+    @staticmethod
+    def get_builder_cls() -> type[DenseMetadataBuilder]:
+        """Return the builder of the bare metadata."""
+        return DenseMetadataBuilder
+
+    @staticmethod
+    def get_supported_head_sizes() -> list[int]:
+        """Return an empty list: any."""
+        return []
+
+    @staticmethod
+    def describe_engine(request: AttentionRequest) -> str:
+        """Return which of torch's kernels would run, and why."""
+        if request.device_type != "cuda" or not torch.cuda.is_available():
+            return f"torch {torch.__version__}, its kernel for {request.device_type}"
+        if request.mask is None and _prefers_cudnn(request.head_size, request.dtype):
+            return f"torch {torch.__version__}, cuDNN kernel (sm_90, {request.dtype}, no mask: the fastest measured)"
+        return f"torch {torch.__version__}, torch's own choice among its kernels"

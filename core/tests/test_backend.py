@@ -1,0 +1,62 @@
+"""The abstract classes' own behaviour."""
+
+import pytest
+import torch
+
+from attnmux import AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, UnsupportedRequestError
+from attnmux.backends.dense import DenseMetadataBuilder
+
+
+class Impl(AttentionImpl):
+    def forward(self, query, key, value, attn_metadata):
+        return query
+
+
+def test_defaults():
+    impl = Impl(8, 64)
+    assert impl.softmax_scale == 64**-0.5
+    assert impl.num_kv_heads == 8
+    x = torch.ones(1)
+    assert impl.preprocess_qkv(x, None) is x
+    assert impl.postprocess_output(x, None) is x
+
+
+def test_scale_of_zero_is_a_value():
+    assert Impl(8, 64, softmax_scale=0.0).softmax_scale == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"window_size": 3, "alibi": 1}, "Impl does not know the argument alibi, window_size"),
+        ({"num_heads": 0}, "num_heads must be an integer >= 1, got 0"),
+        ({"num_kv_heads": 3}, "num_heads=8 is not a multiple of num_kv_heads=3"),
+        ({"softmax_scale": float("nan")}, "softmax_scale must be finite, got nan"),
+    ],
+)
+def test_bad_constructor_arguments_are_refused_by_name(arguments, text):
+    with pytest.raises(UnsupportedRequestError, match=text):
+        Impl(**{"num_heads": 8, "head_size": 64, **arguments})
+
+
+def test_metadata_as_dictionary_shares_its_objects():
+    metadata = AttentionMetadata(3)
+    assert metadata.asdict_zerocopy() == {"current_timestep": 3}
+    assert metadata.asdict_zerocopy({"current_timestep"}) == {}
+    metadata.current_timestep = payload = [1]
+    assert metadata.asdict_zerocopy()["current_timestep"] is payload
+
+
+def test_abstract_classes_cannot_be_made():
+    with pytest.raises(TypeError):
+        AttentionImpl(8, 64)
+    with pytest.raises(TypeError):
+        AttentionMetadataBuilder()
+
+
+def test_dense_builder_refuses_what_it_has_no_use_for():
+    builder = DenseMetadataBuilder()
+    builder.prepare()
+    assert builder.build(current_timestep=4).current_timestep == 4
+    with pytest.raises(UnsupportedRequestError, match="dense attention has no use for VSA_sparsity"):
+        builder.build(current_timestep=4, VSA_sparsity=0.5)
