@@ -1,0 +1,79 @@
+"""What attnmux costs on the host: selection, the layer around an impl, imports, listings.
+
+    python benchmarks/overhead.py benchmarks/results/overhead.json
+
+Times are the best of several repetitions: host overhead is a floor, and other processes only add to it.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import timeit
+
+import torch
+
+from attnmux import AttentionBackendEnum, AttentionRequest, LocalAttention, get_attn_backend, select_backend
+
+
+def microseconds(function, number=5000, repeat=9):
+    function()
+    return min(timeit.repeat(function, number=number, repeat=repeat)) / number * 1e6
+
+
+def seconds(*arguments):
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output")
+    arguments = parser.parse_args()
+    request = AttentionRequest(head_size=64, dtype="bfloat16", device="cpu")
+    allowed = [AttentionBackendEnum.TORCH_SDPA, AttentionBackendEnum.FLASH_ATTN]
+    layer = LocalAttention(4, 16, backend="TORCH_SDPA")
+    impl = layer.attn_impl
+    q = torch.randn(1, 1, 4, 16)
+    with torch.no_grad():
+        whole = microseconds(lambda: layer(q, q, q))
+        bare = microseconds(lambda: impl.forward(q, q, q, None))
+    rows = {
+        "select_backend, cached (us)": microseconds(lambda: select_backend(request)),
+        "get_attn_backend, cached (us)": microseconds(lambda: get_attn_backend(64, torch.bfloat16)),
+        "get_attn_backend with an allow-list, cached (us)": microseconds(
+            lambda: get_attn_backend(64, torch.bfloat16, allowed)
+        ),
+        "LocalAttention around its impl, one call (us)": whole - bare,
+        "import attnmux (s, interpreter subtracted)": seconds("-c", "import attnmux") - seconds("-c", "pass"),
+        "attnmux list (s, whole process)": seconds("-m", "attnmux", "list"),
+    }
+    commit = (
+        os.environ.get("COMMIT")
+        or subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+    )
+    about = {
+        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+    with open(arguments.output, "w") as file:
+        json.dump({**about, "rows": rows}, file, indent=1)
+    for name, value in rows.items():
+        sys.stdout.write(f"{name:55s} {value:8.3f}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The README's commands and code, executed."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attnmux.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+USE, WRITE = README.split("## Write one")
+
+
+def blocks(kind, text=README):
+    return [
+        body for found, body in re.findall(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL) if found == kind
+    ]
+
+
+def commands():
+    return [line[2:] for body in blocks("console") for line in body.splitlines() if line.startswith("$ ")]
+
+
+def test_every_block_is_of_a_kind_that_is_executed_here():
+    assert {kind for kind, _ in BLOCKS} == {"python", "console", "toml"}
+
+
+def test_code_runs_in_order(capsys):
+    namespace = {}
+    for body in blocks("python", USE):
+        exec(compile(body, "README.md", "exec"), namespace)
+    assert "selected: TORCH_SDPA" in capsys.readouterr().out
+    assert namespace["output"].shape == namespace["q"].shape
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if command.startswith("attnmux")])
+def test_command_succeeds(command, capsys):
+    assert main(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if command.startswith("make")])
+def test_make_target_exists(command):
+    done = subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_command_is_left_out():
+    assert all(command.split()[0] in {"attnmux", "make"} for command in commands())
+
+
+def test_the_backend_of_the_readme_works_from_its_metadata(tmp_path):
+    (package,), (entry_points,) = blocks("python", WRITE), blocks("toml", WRITE)
+    assert len(package.splitlines()) <= 18
+    (tmp_path / "attnmux_mean.py").write_text(package)
+    info = tmp_path / "attnmux_mean-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: attnmux-mean\nVersion: 0.1\n")
+    key, value = re.search(r'^(\w+) = "(.*)"$', entry_points, re.MULTILINE).groups()
+    (info / "entry_points.txt").write_text(f"[attnmux.backends]\n{key} = {value}\n")
+    code = """
+import torch
+from attnmux import LocalAttention
+q = torch.randn(1, 5, 2, 8)
+layer = LocalAttention(2, 8, backend="mean_attn")
+assert torch.equal(layer(q, q, q), q.mean(1, keepdim=True).expand_as(q))
+print(layer.selection.report.candidates[0].distribution)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={"PYTHONPATH": str(tmp_path)}
+    )
+    assert done.stdout.strip() == "attnmux-mean", done.stderr
