@@ -130,7 +130,8 @@ def test_mask_that_does_not_fit_is_refused(case):
     [
         (128, "bfloat16", 90, True),
         (64, "float16", 90, True),
-        (256, "bfloat16", 90, False),
+        (256, "bfloat16", 90, True),
+        (264, "bfloat16", 90, False),
         (72, "bfloat16", 90, True),
         (60, "bfloat16", 90, False),
         (128, "float32", 90, False),

@@ -293,3 +293,10 @@ def test_report_as_text_and_data():
     assert set(data["candidates"][0]) == {"backend", "distribution", "version", "status", "reasons", "hint"}
     with pytest.raises(KeyError):
         report["NOBODY_ATTN"]
+
+
+def test_backend_that_declares_too_little_is_rejected_without_importing_it(install):
+    install("ZETA_ATTN", capabilities=Capabilities(exactness="exact"), target="no_such_package_at_all:B")
+    assert choose().report["ZETA_ATTN"].status == "rejected"
+    with pytest.raises(UnsupportedRequestError, match="device=cpu"):
+        choose(backend="ZETA_ATTN")

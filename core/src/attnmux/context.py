@@ -108,10 +108,7 @@ def active_attn_metadata() -> AttentionMetadata | None:
 
 
 def _stash(context: ForwardContext | None) -> None:
-    if context is not None:
-        torch._C._stash_obj_in_tls(_TLS_KEY, context)
-    elif torch._C._is_key_in_tls(_TLS_KEY):
-        torch._C._remove_obj_from_tls(_TLS_KEY)
+    torch._C._stash_obj_in_tls(_TLS_KEY, context)
 
 
 def _backward_context() -> ForwardContext | None:
@@ -119,8 +116,9 @@ def _backward_context() -> ForwardContext | None:
     if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
         return None
     if torch._C._is_key_in_tls(_TLS_KEY):
-        context: ForwardContext = torch._C._get_obj_in_tls(_TLS_KEY)
-        return context
+        stashed: ForwardContext | None = torch._C._get_obj_in_tls(_TLS_KEY)
+        if stashed is not None:
+            return stashed
     active = list(_active.values())
     if len(active) > 1:
         raise ForwardContextError(

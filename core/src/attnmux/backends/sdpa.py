@@ -20,14 +20,23 @@ _HALF = ("float16", "bfloat16")
 
 
 class _Call(NamedTuple):
-    """One call in torch's layout: q, k, v `[B, H, S, D]`, the mask in the form the kernels take."""
+    """One call in torch's layout.
+
+    Attributes:
+        q: `[B, H, S_q, D]`.
+        k: `[B, H_kv, S_k, D]`.
+        v: `[B, H_kv, S_k, D]`.
+        mask: Bool or additive; no row of it is empty.
+        empty: Bool, broadcastable to `[B, H, S_q, 1]`: queries that see no key; None without a mask.
+        is_causal: Whether the kernel masks causally, first query and first key aligned.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     mask: torch.Tensor | None
+    empty: torch.Tensor | None
     is_causal: bool
-    scale: float
 
 
 class SDPAImpl(AttentionImpl[AttentionMetadata]):
@@ -83,16 +92,16 @@ class SDPAImpl(AttentionImpl[AttentionMetadata]):
                 the LSE is asked for.
         """
         call = self._prepare(query, key, value, attn_mask)
+        learns_mask = attn_mask is not None and attn_mask.requires_grad
         if return_lse:
-            if attn_mask is not None and attn_mask.requires_grad:
+            if learns_mask:
                 raise UnsupportedRequestError(
                     "attn_mask requires gradients, which torch's kernels with log-sum-exp do not compute; detach it, or "
                     "leave out return_lse"
                 )
             output, lse = self._attend_with_lse(call)
-            return output.transpose(1, 2), lse
-        if self._uses_cudnn(call):
-            output = _cudnn(call)[0]
+        elif self._uses_cudnn(call) and not learns_mask:
+            output = self._cudnn(call)[0]
         else:
             output = F.scaled_dot_product_attention(
                 call.q,
@@ -100,10 +109,17 @@ class SDPAImpl(AttentionImpl[AttentionMetadata]):
                 call.v,
                 attn_mask=call.mask,
                 is_causal=call.is_causal,
-                scale=call.scale,
+                scale=self.softmax_scale,
                 enable_gqa=self.num_heads != self.num_kv_heads,
             )
-        return output.transpose(1, 2)
+        if call.empty is not None:
+            output = output.masked_fill(call.empty, 0.0)
+        output = output.transpose(1, 2)
+        if not return_lse:
+            return output
+        if call.empty is not None:
+            lse = lse.masked_fill(call.empty[..., 0], float("-inf"))
+        return output, lse.detach()
 
     def _prepare(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> _Call:
         length_q, length_k = query.shape[1], key.shape[1]
@@ -120,50 +136,63 @@ class SDPAImpl(AttentionImpl[AttentionMetadata]):
             else:
                 mask = mask.masked_fill(~visible, float("-inf"))
             is_causal = False
+        empty = None
+        if mask is not None:
+            # Some kernels give NaN for a row without keys. Such a row sees every key instead, and its output is set to
+            # zero afterwards, which sends zero gradients back.
+            if mask.dtype == torch.bool:
+                empty = ~mask.any(-1, keepdim=True)
+                mask = mask | empty
+            else:
+                empty = (mask == float("-inf")).all(-1, keepdim=True)
+                mask = mask.masked_fill(empty, 0.0)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        return _Call(q, k, v, mask, is_causal, self.softmax_scale)
+        return _Call(q, k, v, mask, empty, is_causal)
 
     def _uses_cudnn(self, call: _Call) -> bool:
-        return call.mask is None and call.q.is_cuda and call.q.dtype in self._prefers_cudnn
+        # cuDNN refuses sequences of one token
+        return call.q.is_cuda and call.q.dtype in self._prefers_cudnn and call.q.shape[2] > 1 and call.k.shape[2] > 1
+
+    def _cudnn(self, call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
+        bias = None if call.mask is None else _bias(call)
+        # the log-sum-exp is asked for in any case: backward reads it, and writing it costs nothing measurable
+        output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            call.q, call.k, call.v, bias, True, 0.0, call.is_causal, False, scale=self.softmax_scale
+        )[:2]
+        return output, lse.reshape(call.q.shape[:3])
 
     def _attend_with_lse(self, call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k, v, mask, is_causal, scale = call
-        length_q, length_k = q.shape[2], k.shape[2]
         if self._uses_cudnn(call):
-            output, lse = _cudnn(call)
-            return output, lse
+            return self._cudnn(call)
+        q, k, v = call.q, call.k, call.v
         if self.num_heads != self.num_kv_heads:
             k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1) for x in (k, v))
-        bias = mask
-        if mask is not None and mask.dtype == torch.bool:
-            bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
+        bias = None if call.mask is None else _bias(call)
         if q.device.type == "cpu":
             output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, 0.0, is_causal, attn_mask=bias, scale=scale
+                q, k, v, 0.0, call.is_causal, attn_mask=bias, scale=self.softmax_scale
             )
         elif q.dtype == torch.float64:
-            output, lse = _explicit(q, k, v, bias, is_causal, scale)
+            output, lse = _explicit(q, k, v, bias, call.is_causal, self.softmax_scale)
         else:
-            if bias is not None:
-                bias = _aligned(bias.expand(q.shape[0], q.shape[1], length_q, length_k))
             output, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
-                q, k, v, bias, True, 0.0, is_causal, scale=scale
+                q, k, v, bias, True, 0.0, call.is_causal, scale=self.softmax_scale
             )[:2]
         # the memory-efficient kernel pads the rows of its LSE
-        lse = lse[..., :length_q].to(torch.float32)
-        if mask is not None:
-            visible = mask if mask.dtype == torch.bool else mask != float("-inf")
-            # torch leaves 0 or +inf there
-            lse = lse.masked_fill(~visible.any(-1), float("-inf"))
-        return output, lse.detach()
+        return output, lse[..., : q.shape[2]].to(torch.float32)
 
 
-def _cudnn(call: _Call) -> tuple[torch.Tensor, torch.Tensor]:
-    # the log-sum-exp is asked for in any case: backward reads it, and writing it costs nothing measurable
-    output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        call.q, call.k, call.v, None, True, 0.0, call.is_causal, False, scale=call.scale
-    )[:2]
-    return output, lse.detach().reshape(call.q.shape[:3])
+def _bias(call: _Call) -> torch.Tensor:
+    """Return the mask as an additive one of the kernels' full shape `[B, H, S_q, S_k]`."""
+    mask = call.mask
+    assert mask is not None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=call.q.dtype).masked_fill(~mask, float("-inf"))
+    length = mask.shape[-1]
+    if length % 16:
+        # the memory-efficient kernel wants rows that start at multiples of 16 elements
+        mask = F.pad(mask, (0, -length % 16))[..., :length]
+    return mask.expand(*call.q.shape[:3], length)
 
 
 def _explicit(
@@ -177,14 +206,7 @@ def _explicit(
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~visible, float("-inf"))
     lse = scores.logsumexp(-1)
-    weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
-    return weights @ v, lse
-
-
-def _aligned(bias: torch.Tensor) -> torch.Tensor:
-    """Return the bias with rows that start at multiples of 16 elements, as the memory-efficient kernel wants them."""
-    length = bias.shape[-1]
-    return F.pad(bias, (0, -length % 16))[..., :length] if length % 16 else bias
+    return scores.softmax(-1) @ v, lse
 
 
 def _checked_mask(mask: torch.Tensor, query: torch.Tensor, length_k: int) -> torch.Tensor:
@@ -207,7 +229,7 @@ def _checked_mask(mask: torch.Tensor, query: torch.Tensor, length_k: int) -> tor
 
 
 def _prefers_cudnn(head_size: int, dtype: str, arch: int | None = None) -> bool:
-    """Whether cuDNN's kernel serves unmasked half precision attention best on the current device."""
+    """Whether cuDNN's kernel is the fastest for half precision on the current device: benchmarks/results/sdpa_kernels.json."""
     if dtype not in _HALF or not torch.backends.cuda.cudnn_sdp_enabled():  # type: ignore[no-untyped-call]
         return False
     # cuDNN's backward adds with atomics
@@ -216,7 +238,7 @@ def _prefers_cudnn(head_size: int, dtype: str, arch: int | None = None) -> bool:
     if arch is None:
         major, minor = torch.cuda.get_device_capability()
         arch = major * 10 + minor
-    return arch == 90 and head_size % 8 == 0 and head_size <= 128
+    return arch == 90 and head_size % 8 == 0 and head_size <= 256
 
 
 class SDPABackend(AttentionBackend):
@@ -252,6 +274,6 @@ class SDPABackend(AttentionBackend):
         """Return which of torch's kernels would run, and why."""
         if request.device_type != "cuda" or not torch.cuda.is_available():
             return f"torch {torch.__version__}, its kernel for {request.device_type}"
-        if request.mask is None and _prefers_cudnn(request.head_size, request.dtype):
-            return f"torch {torch.__version__}, cuDNN kernel (sm_90, {request.dtype}, no mask: the fastest measured)"
+        if _prefers_cudnn(request.head_size, request.dtype):
+            return f"torch {torch.__version__}, cuDNN kernel (sm_90, {request.dtype}: the fastest measured)"
         return f"torch {torch.__version__}, torch's own choice among its kernels"

@@ -157,23 +157,28 @@ class LocalAttention(nn.Module):
 
     def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Refuse tensors that the impl must not see."""
-        shape = q.shape
+        # one look at each property: together they cost more than all comparisons
+        shape, shape_k = q.shape, k.shape
         if (
             len(shape) != 4
-            or k.dim() != 4
+            or len(shape_k) != 4
             or shape[2] != self.num_heads
             or shape[3] != self.head_size
-            or k.shape != (shape[0], k.shape[1], self.num_kv_heads, self.head_size)
-            or v.shape != k.shape
+            or shape_k[0] != shape[0]
+            or shape_k[2] != self.num_kv_heads
+            or shape_k[3] != self.head_size
+            or v.shape != shape_k
         ):
             self._refuse_shapes(q, k, v)
-        if q.dtype not in self._dtypes or k.dtype != q.dtype or v.dtype != q.dtype:
+        dtype = q.dtype
+        if dtype not in self._dtypes or k.dtype is not dtype or v.dtype is not dtype:
             declared = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self._dtypes))
             raise UnsupportedRequestError(
                 f"q, k and v must have one dtype of those that {self.backend_name} declares ({declared}), got {q.dtype}, "
                 f"{k.dtype}, {v.dtype}; cast them, or choose another backend"
             )
-        if q.device.type not in self._devices or k.device != q.device or v.device != q.device:
+        device = q.device
+        if device.type not in self._devices or k.device != device or v.device != device:
             raise UnsupportedRequestError(
                 f"q, k and v must be on one device of those that {self.backend_name} declares "
                 f"({', '.join(sorted(self._devices))}), got {q.device}, {k.device}, {v.device}"
