@@ -70,6 +70,8 @@ class Environment:
         self.wheels = wheels
         venv.create(folder, with_pip=True)
         self.bin = folder / "bin"
+        # some Pythons put an old setuptools there, which would hide the one that torch asks for
+        run([self.bin / "python", "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools"])
         link(declared("attnmux", ["test"]), folder / "declared")
         (site,) = (folder / "lib").glob("python*/site-packages")
         (site / "declared.pth").write_text(str(folder / "declared"))

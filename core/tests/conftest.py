@@ -3,70 +3,36 @@
 import sys
 import types
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 
 from attnmux import BackendSpec, Capabilities, settings
 from attnmux.registry import BACKENDS_GROUP, get_registry
 
-DENSE = Capabilities(
-    dtypes={"float32", "bfloat16"},
-    head_sizes=range(1, 257),
-    devices={"cpu", "cuda"},
-    cuda_archs={"any"},
-    softmax_scale=True,
-    exactness="exact",
-)
 
-
-@dataclass
-class Distribution:
-    name: str
-    version: str
-
-
-@dataclass(eq=False)
-class EntryPoint:
-    name: str
-    dist: Distribution
-    result: Any
-    value: str = "somewhere.plugin:SPEC"
-    group: str = BACKENDS_GROUP
-    loads: list = field(default_factory=list)
-
-    def load(self):
-        self.loads.append(self.name)
-        if isinstance(self.result, BaseException):
-            raise self.result
-        return self.result() if callable(self.result) else self.result
-
-
-def make_backend(name, **methods):
-    """A backend class of that name whose impl returns the values."""
-    from attnmux.backend import AttentionBackend, AttentionImpl, AttentionMetadata
-    from attnmux.backends.dense import DenseMetadataBuilder
+@pytest.fixture
+def make_backend():
+    """Return a function that makes a backend class of a name; its impl returns the values."""
+    from attnmux import AttentionImpl, testing
 
     class Impl(AttentionImpl):
         def forward(self, query, key, value, attn_metadata, **extra_inputs):
             return value
 
-    class Backend(AttentionBackend):
-        get_name = staticmethod(lambda: name)
-        get_impl_cls = staticmethod(lambda: Impl)
-        get_metadata_cls = staticmethod(lambda: AttentionMetadata)
-        get_builder_cls = staticmethod(lambda: DenseMetadataBuilder)
-        get_supported_head_sizes = staticmethod(list)
+    def make(name, **methods):
+        backend = testing.make_backend(name, Impl)
+        for method, function in methods.items():
+            setattr(backend, method, staticmethod(function))
+        return backend
 
-    for method, function in methods.items():
-        setattr(Backend, method, staticmethod(function))
-    return Backend
+    return make
 
 
-@pytest.fixture(name="make_backend")
-def make_backend_fixture():
-    return make_backend
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    import torch
+
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +45,31 @@ def untouched_environment(monkeypatch):
 
 
 @pytest.fixture
-def install(monkeypatch):
+def install(monkeypatch, make_backend):
     """Return a function that registers a backend until the test ends and returns its entry point."""
+    from attnmux.testing import FakeDistribution, FakeEntryPoint
+
+    class EntryPoint(FakeEntryPoint):
+        """Notes each load; a result that is a function is called."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.loads = []
+
+        def load(self):
+            self.loads.append(self.name)
+            found = super().load()
+            return found() if isinstance(found, types.FunctionType) else found
+
+    dense = Capabilities(
+        dtypes={"float32", "bfloat16"},
+        head_sizes=range(1, 257),
+        devices={"cpu", "cuda"},
+        cuda_archs={"any"},
+        softmax_scale=True,
+        exactness="exact",
+    )
+
     with ExitStack() as stack:
 
         def install_backend(
@@ -90,7 +79,7 @@ def install(monkeypatch):
             version="1.0",
             result=None,
             backend=None,
-            capabilities=DENSE,
+            capabilities=dense,
             group=BACKENDS_GROUP,
             **spec,
         ):
@@ -100,7 +89,7 @@ def install(monkeypatch):
                 monkeypatch.setitem(sys.modules, module.__name__, module)
                 spec.setdefault("target", f"{module.__name__}:Backend")
                 result = BackendSpec(name, capabilities=capabilities, **spec)
-            point = EntryPoint(name, Distribution(distribution, version), result, group=group)
+            point = EntryPoint(name, result, group=group, dist=FakeDistribution(distribution, version))
             stack.enter_context(get_registry().temporary_entry_points([point]))
             return point
 

@@ -3,8 +3,13 @@
 import pytest
 import torch
 
-from attnmux import AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, UnsupportedRequestError
-from attnmux.backends.dense import DenseMetadataBuilder
+from attnmux import (
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    DenseMetadataBuilder,
+    UnsupportedRequestError,
+)
 
 
 class Impl(AttentionImpl):

@@ -17,6 +17,7 @@ from attnmux.errors import (
     BackendNotInstalledError,
     BackendUnavailableError,
     ForwardContextError,
+    MissingPackageError,
     PluginApiError,
     PluginConflictError,
     PluginLoadError,
@@ -33,7 +34,13 @@ from attnmux.spec import (
 )
 
 if TYPE_CHECKING:
-    from attnmux.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
+    from attnmux.backend import (
+        AttentionBackend,
+        AttentionImpl,
+        AttentionMetadata,
+        AttentionMetadataBuilder,
+        DenseMetadataBuilder,
+    )
     from attnmux.context import ForwardContext, get_forward_context, set_forward_context
     from attnmux.hookspecs import hookimpl
     from attnmux.layers import LocalAttention
@@ -62,9 +69,11 @@ __all__ = [
     "BackendSpec",
     "BackendUnavailableError",
     "Capabilities",
+    "DenseMetadataBuilder",
     "ForwardContext",
     "ForwardContextError",
     "LocalAttention",
+    "MissingPackageError",
     "PluginApiError",
     "PluginConflictError",
     "PluginLoadError",
@@ -91,7 +100,13 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {
-    "attnmux.backend": ("AttentionBackend", "AttentionImpl", "AttentionMetadata", "AttentionMetadataBuilder"),
+    "attnmux.backend": (
+        "AttentionBackend",
+        "AttentionImpl",
+        "AttentionMetadata",
+        "AttentionMetadataBuilder",
+        "DenseMetadataBuilder",
+    ),
     "attnmux.context": ("ForwardContext", "get_forward_context", "set_forward_context"),
     "attnmux.hookspecs": ("hookimpl",),
     "attnmux.layers": ("LocalAttention",),

@@ -27,6 +27,7 @@ __all__ = [
     "AttentionImpl",
     "AttentionMetadata",
     "AttentionMetadataBuilder",
+    "DenseMetadataBuilder",
 ]
 
 REQUIRED_METHODS = ("get_name", "get_impl_cls", "get_metadata_cls", "get_builder_cls", "get_supported_head_sizes")
@@ -73,6 +74,15 @@ class AttentionBackend(ABC):
         """Return in a few words what would run this request, and why; empty where there is only one engine."""
         return ""
 
+    @staticmethod
+    def get_conformance_cls() -> type[Any] | None:
+        """Return the `attnmux.testing.BackendConformance` subclass that `attnmux check` runs.
+
+        None runs the suite as it is, which suits an exact backend without metadata. Import it inside the method: the suite
+        needs pytest, which users of the backend need not have.
+        """
+        return None
+
 
 @dataclass
 class AttentionMetadata:
@@ -105,6 +115,32 @@ class AttentionMetadataBuilder(ABC, Generic[T]):
     @abstractmethod
     def build(self, **kwargs: Any) -> T:
         """Return the metadata for one forward pass."""
+
+
+class DenseMetadataBuilder(AttentionMetadataBuilder[AttentionMetadata]):
+    """Builds metadata that holds the timestep only; dense attention needs none."""
+
+    def __init__(self) -> None:
+        """Nothing to keep."""
+
+    def prepare(self) -> None:
+        """Nothing to reset."""
+
+    def build(self, *, current_timestep: int = 0, **kwargs: Any) -> AttentionMetadata:
+        """Return the metadata of one forward pass.
+
+        Args:
+            current_timestep: Index of the denoising step, from 0.
+            **kwargs: None is known.
+
+        Raises:
+            UnsupportedRequestError: An argument that dense attention has no use for; names it.
+        """
+        if kwargs:
+            raise UnsupportedRequestError(
+                f"dense attention has no use for {', '.join(sorted(kwargs))}; remove it, or choose the backend it belongs to"
+            )
+        return AttentionMetadata(current_timestep=current_timestep)
 
 
 class AttentionImpl(ABC, Generic[T]):

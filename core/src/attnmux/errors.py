@@ -8,6 +8,7 @@
     ├── PluginLoadError           (ImportError)   a plugin raised while it was loaded; the original is the cause
     │   └── PluginApiError        (TypeError)     not a BackendSpec, a wrong API number, a wrong name, a missing method
     ├── PluginConflictError       (LookupError)   two distributions claim one name
+    ├── MissingPackageError       (ImportError)   an optional package that a command or helper needs is not installed
     └── ForwardContextError       (RuntimeError)  no forward context where one is needed
 
 Every message says what was asked, what came, why it cannot be, and what to do.
@@ -28,6 +29,7 @@ __all__ = [
     "BackendNotInstalledError",
     "BackendUnavailableError",
     "ForwardContextError",
+    "MissingPackageError",
     "PluginApiError",
     "PluginConflictError",
     "PluginLoadError",
@@ -73,6 +75,10 @@ class PluginApiError(PluginLoadError, TypeError):
 
 class PluginConflictError(AttnmuxError, LookupError):
     """Two distributions that register one backend name; neither is used."""
+
+
+class MissingPackageError(AttnmuxError, ImportError):
+    """An optional package is not installed; the message has the pip command."""
 
 
 class ForwardContextError(AttnmuxError, RuntimeError):

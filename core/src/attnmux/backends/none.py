@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from attnmux.backend import AttentionBackend, AttentionImpl, AttentionMetadata
-from attnmux.backends.dense import DenseMetadataBuilder
+from attnmux.backend import AttentionBackend, AttentionImpl, AttentionMetadata, DenseMetadataBuilder
 from attnmux.errors import UnsupportedRequestError
 
 if TYPE_CHECKING:

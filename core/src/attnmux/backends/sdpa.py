@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from attnmux.backend import AttentionBackend, AttentionImpl, AttentionMetadata
-from attnmux.backends.dense import DenseMetadataBuilder
+from attnmux.backend import AttentionBackend, AttentionImpl, AttentionMetadata, DenseMetadataBuilder
 from attnmux.errors import UnsupportedRequestError
 
 if TYPE_CHECKING:

@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 
-from attnmux import AttentionBackend, AttentionImpl, AttentionMetadata, UnsupportedRequestError
-from attnmux.backends.dense import DenseMetadataBuilder
+from attnmux import AttentionBackend, AttentionImpl, AttentionMetadata, DenseMetadataBuilder, UnsupportedRequestError
 from attnmux_window.ops import window_attention
 
 
@@ -35,4 +34,10 @@ class WindowBackend(AttentionBackend):
     get_impl_cls = staticmethod(lambda: WindowImpl)
     get_metadata_cls = staticmethod(lambda: AttentionMetadata)
     get_builder_cls = staticmethod(lambda: DenseMetadataBuilder)
-    get_supported_head_sizes = staticmethod(lambda: [*range(1, 257)])
+    get_supported_head_sizes = staticmethod(lambda: [*range(1, 1025)])
+
+    @staticmethod
+    def get_conformance_cls() -> Any:
+        from attnmux_window.conformance import Conformance
+
+        return Conformance

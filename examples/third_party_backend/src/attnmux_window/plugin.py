@@ -6,8 +6,8 @@ SPEC = BackendSpec(
     "WINDOW_ATTN",
     target="attnmux_window.backend:WindowBackend",
     capabilities=Capabilities(
-        dtypes={"float32", "float64"},
-        head_sizes=range(1, 257),
+        dtypes={"float16", "bfloat16", "float32", "float64"},
+        head_sizes=range(1, 1025),
         devices={"cpu", "cuda"},
         cuda_archs={"any"},
         softmax_scale=True,

@@ -13,6 +13,7 @@ from attnmux_vsa.prepare import VSA_TILE_SIZE, VideoTiling, build_video_tiling, 
 if TYPE_CHECKING:
     import torch
 
+    from attnmux.spec import AttentionRequest
     from attnmux_vsa.conformance import VideoSparseAttentionConformance
 
 __all__ = [
@@ -170,6 +171,11 @@ class VideoSparseAttentionBackend(AttentionBackend):
     def get_supported_head_sizes() -> list[int]:
         """Return an empty list: every head size that the capabilities declare."""
         return []
+
+    @staticmethod
+    def describe_engine(request: AttentionRequest) -> str:
+        """Return what runs the request: the reference, whatever is asked."""
+        return "reference, plain PyTorch"
 
     @staticmethod
     def get_conformance_cls() -> type[VideoSparseAttentionConformance]:

@@ -1,0 +1,3 @@
+from attnmux_window.conformance import Conformance as TestConformance
+
+__all__ = ["TestConformance"]
