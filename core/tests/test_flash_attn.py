@@ -213,9 +213,25 @@ def test_scale_causal_and_determinism_reach_the_library(libraries, version, monk
     calls = libraries(version)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     q, k, v = (x.requires_grad_() for x in qkv())
-    FlashAttentionImpl(4, 16, 0.0, True).forward(q, k, v).sum().backward()
-    assert calls[0][1:3] == (0.0, True)
+    FlashAttentionImpl(4, 16, 0.3, True).forward(q, k, v).sum().backward()
+    assert calls[0][1:3] == (0.3, True)
     assert calls[-1][3] is True
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+def test_scales_that_the_library_cannot_take_reach_it_through_the_queries(libraries, version, scale):
+    calls = libraries(version)
+    q, k, v = qkv()
+    out = FlashAttentionImpl(4, 16, scale).forward(q, k, v)
+    assert calls[0][1] > 0
+    assert torch.allclose(out.float(), attention(q, k, v, scale, False)[0].float(), atol=1e-3)
+
+
+def test_other_dtypes_are_refused(libraries):
+    libraries(2)
+    with pytest.raises(UnsupportedRequestError, match="float16 and bfloat16, got dtype torch.float32"):
+        FlashAttentionImpl(4, 16).forward(*(x.float() for x in qkv()))
 
 
 @pytest.mark.parametrize("version", [2, 3, 4])

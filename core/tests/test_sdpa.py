@@ -87,6 +87,15 @@ def test_scale_of_zero_is_the_mean_of_the_values():
     assert torch.allclose(out, v.mean(1, keepdim=True).expand_as(out))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_negative_scale_prefers_the_least_similar_keys(dtype):
+    q, k, v = qkv(dtype=dtype)
+    expected, expected_lse = brute(*(x.double() for x in (q, k, v)), torch.ones(7, dtype=torch.bool), scale=-3.0)
+    out, lse = SDPAImpl(4, 8, softmax_scale=-3.0).forward(q, k, v, return_lse=True)
+    assert torch.allclose(out.double(), expected, atol=1e-5)
+    assert torch.allclose(lse.double(), expected_lse, atol=1e-5)
+
+
 def test_gradient_reaches_an_additive_mask():
     q, k, v = qkv()
     bias = torch.zeros(1, 4, 5, 7, dtype=torch.float64, requires_grad=True)
@@ -178,6 +187,18 @@ def test_every_request_on_the_gpu(dtype, name, causal, kv_heads):
     out, lse = impl.forward(*(x.detach() for x in leaves), attn_mask=given, return_lse=True)
     assert (out.cpu().double() - expected).abs().max() < bound
     assert torch.allclose(lse.cpu().double(), expected_lse, atol=max(bound, 1e-5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_scales_that_fused_kernels_cannot_take_are_right_on_the_gpu(scale):
+    q, k, v = (x.to(torch.bfloat16).double() for x in qkv(length_q=65, length_k=65, size=64))
+    expected, _ = brute(q, k, v, torch.ones(65, dtype=torch.bool), scale=scale)
+    leaves = [x.to("cuda", torch.bfloat16).requires_grad_() for x in (q, k, v)]
+    out = SDPAImpl(4, 64, softmax_scale=scale).forward(*leaves)
+    out.sum().backward()
+    assert (out.detach().cpu().double() - expected).abs().max() < 3e-2
+    assert all(torch.isfinite(x.grad).all() for x in leaves)
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnmux.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
+from attnmux.backends.dense import with_positive_scale
 from attnmux.errors import BackendUnavailableError, UnsupportedRequestError
 from attnmux.spec import Reason
 
@@ -192,8 +193,12 @@ class FlashAttentionImpl(AttentionImpl[FlashAttentionMetadata]):
                 attend.
 
         Raises:
-            UnsupportedRequestError: Packed sequences with a batch size other than 1.
+            UnsupportedRequestError: Another dtype, or packed sequences with a batch size other than 1.
         """
+        if query.dtype not in (torch.float16, torch.bfloat16):
+            raise UnsupportedRequestError(
+                f"FLASH_ATTN computes float16 and bfloat16, got dtype {query.dtype}; cast q, k and v, or use TORCH_SDPA"
+            )
         packed = attn_metadata is not None and attn_metadata.cu_seqlens_q is not None
         if packed and query.shape[0] != 1:
             raise UnsupportedRequestError(
@@ -217,19 +222,20 @@ class FlashAttentionImpl(AttentionImpl[FlashAttentionMetadata]):
     def _run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: FlashAttentionMetadata | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        q, scale = with_positive_scale(q, self.softmax_scale)
         if self._version.number == 4:
             output, lse = torch.ops.attnmux.flash_attn_4(
                 q if lengths is None else q[0],
                 k if lengths is None else k[0],
                 v if lengths is None else v[0],
-                self.softmax_scale,
+                scale,
                 self.causal,
                 self._deterministic,
                 *((None, None, None, None) if lengths is None else _bounds(lengths)),
             )
         else:
             options: dict[str, Any] = {
-                "softmax_scale": self.softmax_scale,
+                "softmax_scale": scale,
                 "causal": self.causal,
                 "deterministic": self._deterministic,
                 self._version.lse_argument: True,

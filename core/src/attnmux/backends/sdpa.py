@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from attnmux.backend import AttentionBackend, AttentionImpl, AttentionMetadata, DenseMetadataBuilder
+from attnmux.backends.dense import with_positive_scale
 from attnmux.errors import UnsupportedRequestError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class _Call(NamedTuple):
         mask: Bool or additive; no row of it is empty.
         empty: Bool, broadcastable to `[B, H, S_q, 1]`: queries that see no key; None without a mask.
         is_causal: Whether the kernel masks causally, first query and first key aligned.
+        scale: Factor on the scores, > 0.
     """
 
     q: torch.Tensor
@@ -36,6 +38,7 @@ class _Call(NamedTuple):
     mask: torch.Tensor | None
     empty: torch.Tensor | None
     is_causal: bool
+    scale: float
 
 
 class SDPAImpl(AttentionImpl[AttentionMetadata]):
@@ -108,7 +111,7 @@ class SDPAImpl(AttentionImpl[AttentionMetadata]):
                 call.v,
                 attn_mask=call.mask,
                 is_causal=call.is_causal,
-                scale=self.softmax_scale,
+                scale=call.scale,
                 enable_gqa=self.num_heads != self.num_kv_heads,
             )
         if call.empty is not None:
@@ -145,8 +148,9 @@ class SDPAImpl(AttentionImpl[AttentionMetadata]):
             else:
                 empty = (mask == float("-inf")).all(-1, keepdim=True)
                 mask = mask.masked_fill(empty, 0.0)
+        query, scale = with_positive_scale(query, self.softmax_scale)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        return _Call(q, k, v, mask, empty, is_causal)
+        return _Call(q, k, v, mask, empty, is_causal, scale)
 
     def _uses_cudnn(self, call: _Call) -> bool:
         # cuDNN refuses sequences of one token
@@ -156,7 +160,7 @@ class SDPAImpl(AttentionImpl[AttentionMetadata]):
         bias = None if call.mask is None else _bias(call)
         # the log-sum-exp is asked for in any case: backward reads it, and writing it costs nothing measurable
         output, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            call.q, call.k, call.v, bias, True, 0.0, call.is_causal, False, scale=self.softmax_scale
+            call.q, call.k, call.v, bias, True, 0.0, call.is_causal, False, scale=call.scale
         )[:2]
         return output, lse.reshape(call.q.shape[:3])
 
@@ -169,13 +173,13 @@ class SDPAImpl(AttentionImpl[AttentionMetadata]):
         bias = None if call.mask is None else _bias(call)
         if q.device.type == "cpu":
             output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, 0.0, call.is_causal, attn_mask=bias, scale=self.softmax_scale
+                q, k, v, 0.0, call.is_causal, attn_mask=bias, scale=call.scale
             )
         elif q.dtype == torch.float64:
-            output, lse = _explicit(q, k, v, bias, call.is_causal, self.softmax_scale)
+            output, lse = _explicit(q, k, v, bias, call.is_causal, call.scale)
         else:
             output, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
-                q, k, v, bias, True, 0.0, call.is_causal, scale=self.softmax_scale
+                q, k, v, bias, True, 0.0, call.is_causal, scale=call.scale
             )[:2]
         # the memory-efficient kernel pads the rows of its LSE
         return output, lse[..., : q.shape[2]].to(torch.float32)

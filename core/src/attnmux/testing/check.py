@@ -97,8 +97,7 @@ def conformance_class(name: str) -> type[BackendConformance]:
     from attnmux.testing.conformance import BackendConformance
 
     spec = get_registry().spec(name)
-    find = getattr(get_registry().backend_class(spec.name), "get_conformance_cls", None)
-    found = find() if find is not None else None
+    found = get_registry().backend_class(spec.name).get_conformance_cls()
     if found is None:
         return type("GenericConformance", (BackendConformance,), {"backend": spec.name})
     if not (isinstance(found, type) and issubclass(found, BackendConformance)) or found.backend != spec.name:

@@ -103,6 +103,7 @@ class DeclarationChecks(ConformanceHarness):
         request = self.request(device=sorted(self.capabilities.devices)[0])
         archs = [arch for arch in self.capabilities.cuda_archs if isinstance(arch, int)]
         reasons = self.capabilities.missing(request, cuda_arch=archs[0] if archs else None)
+        reasons += self.backend_cls.check_request(request)
         assert not reasons, f"{self.backend} refuses {request}: {'; '.join(map(str, reasons))}"
 
     def test_names_agree(self) -> None:
