@@ -75,3 +75,13 @@ print(layer.selection.report.candidates[0].distribution)
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={"PYTHONPATH": str(tmp_path)}
     )
     assert done.stdout.strip() == "attnmux-mean", done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("plugins/*/README.md")), ids=lambda path: path.parent.name)
+def test_code_of_a_plugins_readme_runs(path):
+    namespace = {}
+    found = blocks("python", path.read_text())
+    assert found
+    for body in found:
+        exec(compile(body, str(path), "exec"), namespace)
+    assert namespace["out"].shape == namespace["q"].shape

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import broken_cases as fakes
 
 NAME = "FAKE_ATTN"
-# each of many runs would collect garbage several times and attach log handlers to every test
-LEAN = ("-p", "no:unraisableexception", "-p", "no:logging")
+# each of many runs would collect garbage several times, attach log handlers to every test and parse sources of failures
+LEAN = ("-p", "no:unraisableexception", "-p", "no:logging", "--tb=native")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,140 @@
+"""Engines of the block-sparse operator: which can serve a call, and why the others cannot.
+
+Importing this module imports no triton; an engine's kernels are imported when it first runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+
+from attnmux.errors import UnsupportedRequestError
+from attnmux.spec import Reason
+
+from .arguments import tma_reason
+from .configs import AUTOMATIC_ORDER, HOPPER_HEAD_SIZES
+
+ENGINES = ("reference", "triton", "hopper")
+HALF_TYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class KernelRequest:
+    """One call, as the engines judge it.
+
+    q, k, v: the tensors [B, S, H, D] (only their types, shapes, strides and addresses are looked at).
+    block_q, block_k: tokens per block. softmax_scale: any number.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    block_q: int
+    block_k: int
+    softmax_scale: float
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.q.shape[-1]
+
+
+def reference_reasons(request: KernelRequest) -> list[Reason]:
+    """The reference serves every device and floating type."""
+    if not request.q.is_floating_point():
+        return [Reason("dtype", f"q is {request.q.dtype}; floating point is needed")]
+    return []
+
+
+def triton_reasons(request: KernelRequest) -> list[Reason]:
+    """Why the plain Triton engine cannot serve the call; empty if it can."""
+    reasons = _gpu_reasons(request, minimum=(8, 0))
+    if request.head_dim % 16 or not 16 <= request.head_dim <= 256:
+        reasons.append(
+            Reason(
+                "head_size",
+                f"head_dim={request.head_dim}; supported: multiples of 16 from 16 to 256",
+                "pad the head, or use engine='reference'",
+            )
+        )
+    return reasons
+
+
+def hopper_reasons(request: KernelRequest) -> list[Reason]:
+    """Why the Hopper engine cannot serve the call; empty if it can.
+
+    It runs what measured fastest on sm90: warp-specialised kernels where `configs` has a row for them, else plain Triton.
+    """
+    reasons = _gpu_reasons(request, minimum=(9, 0))
+    if request.q.is_cuda and torch.cuda.get_device_capability(request.q.device)[0] > 9:
+        reasons.append(Reason("architecture", "the kernels use instructions of sm90 alone", "use engine='triton'"))
+    if request.head_dim not in HOPPER_HEAD_SIZES:
+        supported = list(HOPPER_HEAD_SIZES)
+        reasons.append(
+            Reason("head_size", f"head_dim={request.head_dim}; supported: {supported}", "use engine='triton'")
+        )
+    if not request.softmax_scale > 0:
+        reasons.append(
+            Reason(
+                "softmax_scale",
+                f"softmax_scale={request.softmax_scale!r}; a positive scale is needed",
+                "use engine='triton'",
+            )
+        )
+    for name in ("q", "k", "v"):
+        reason = tma_reason(name, getattr(request, name))
+        if reason:
+            reasons.append(Reason("strides", reason, "use engine='triton', or make the tensor contiguous"))
+    return reasons
+
+
+def _gpu_reasons(request: KernelRequest, minimum: tuple[int, int]) -> list[Reason]:
+    """What every Triton engine needs: triton, an NVIDIA card, a half type, something to compute."""
+    reasons = []
+    if find_spec("triton") is None:
+        reasons.append(Reason("triton", "the package triton is not installed", "pip install triton"))
+    if not request.q.is_cuda or torch.version.hip is not None:
+        reasons.append(
+            Reason("device", f"q is on {request.q.device.type!r}; an NVIDIA GPU is needed", "use engine='reference'")
+        )
+    elif torch.cuda.get_device_capability(request.q.device) < minimum:
+        got = torch.cuda.get_device_capability(request.q.device)
+        reasons.append(Reason("architecture", f"compute capability {got}; at least {minimum} is needed"))
+    if request.q.dtype not in HALF_TYPES:
+        reasons.append(
+            Reason("dtype", f"q is {request.q.dtype}; supported: bfloat16, float16", "cast, or use engine='reference'")
+        )
+    if 0 in request.q.shape or 0 in request.k.shape:
+        reasons.append(Reason("shape", "a tensor without elements", "use engine='reference'"))
+    return reasons
+
+
+REASONS = {"reference": reference_reasons, "triton": triton_reasons, "hopper": hopper_reasons}
+
+
+def is_supported(engine: str, request: KernelRequest) -> list[Reason]:
+    """Why `engine` cannot serve `request`; an empty list if it can."""
+    return REASONS[engine](request)
+
+
+def choose_engine(name: str | None, request: KernelRequest) -> str:
+    """The named engine, or the first of the measured order that serves the call.
+
+    Raises:
+        UnsupportedRequestError: the named engine is unknown or cannot serve the call, with every reason.
+    """
+    if name:
+        if name not in ENGINES:
+            raise UnsupportedRequestError(f"engine={name!r} is not known; engines are {', '.join(ENGINES)}.")
+        reasons = is_supported(name, request)
+        if reasons:
+            raise UnsupportedRequestError(
+                f"engine {name!r} cannot run this call: " + "; ".join(map(str, reasons)) + ".", reasons
+            )
+        return name
+    for candidate in AUTOMATIC_ORDER:
+        if not is_supported(candidate, request):
+            return candidate
+    raise UnsupportedRequestError(f"no engine takes q of type {request.q.dtype}.", reference_reasons(request))

@@ -1,0 +1,76 @@
+"""Index arithmetic shared by the constructors, the reference and the operator: masks to lists, lists to their transpose."""
+
+from __future__ import annotations
+
+import torch
+
+# A key block chosen more often than this times the mean starts early in the backward (see kernels/backward.py).
+HOT_FACTOR = 2
+
+
+def lists_from_mask(mask: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sorted positions of the true entries of every row.
+
+    Args:
+        mask: bool [..., N].
+        width: entries kept per row, at least the longest row and at least 1.
+
+    Returns:
+        int32 [..., width], rows padded with zeros, and int32 counts [...].
+    """
+    n = mask.shape[-1]
+    counts = mask.sum(-1, dtype=torch.int32)
+    positions = torch.arange(n, device=mask.device, dtype=torch.int32)
+    ordered = torch.where(mask, positions, n).sort(-1).values[..., :width]
+    if n < width:
+        ordered = torch.nn.functional.pad(ordered, (0, width - n), value=n)
+    return torch.where(ordered < n, ordered, 0).to(torch.int32).contiguous(), counts
+
+
+def mask_from_lists(blocks: torch.Tensor, counts: torch.Tensor, num_key_blocks: int) -> torch.Tensor:
+    """The block mask, bool [B or 1, H or 1, N_q, num_key_blocks]; entries beyond the count are ignored."""
+    is_used = torch.arange(blocks.shape[-1], device=blocks.device) < counts[..., None]
+    target = torch.where(is_used, blocks, num_key_blocks).long()
+    mask = torch.zeros(*blocks.shape[:-1], num_key_blocks + 1, dtype=torch.bool, device=blocks.device)
+    return mask.scatter_(-1, target, True)[..., :num_key_blocks]
+
+
+def transpose_lists(
+    blocks: torch.Tensor, counts: torch.Tensor, num_key_blocks: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query blocks of every key block, as compressed rows: no host synchronisation, ascending order.
+
+    Args:
+        blocks: int32 [B, H, N_q, K] (either leading dimension may be 1).
+        counts: int32 [B, H, N_q].
+        num_key_blocks: N_k.
+
+    Returns:
+        offsets int32 [B, H, N_k + 1] and entries int32 [B, H, N_q * K]: key block c was chosen by the query blocks
+        entries[offsets[c]:offsets[c + 1]]. Entries from offsets[N_k] on are unspecified query blocks.
+    """
+    batch, heads, _, width = blocks.shape
+    is_used = torch.arange(width, device=blocks.device) < counts[..., None]
+    keys = torch.where(is_used, blocks, num_key_blocks).flatten(2)
+    ordered, source = keys.sort(dim=-1, stable=True)
+    bounds = torch.arange(num_key_blocks + 1, device=blocks.device, dtype=blocks.dtype)
+    bounds = bounds.expand(batch, heads, num_key_blocks + 1).contiguous()
+    offsets = torch.searchsorted(ordered, bounds, out_int32=True)
+    return offsets, (source // width).to(torch.int32)
+
+
+def hot_first_order(offsets: torch.Tensor) -> torch.Tensor:
+    """A permutation of the key blocks, int32 [B, H, N_k]: those chosen far above the mean first, both groups ascending."""
+    lengths = offsets.diff(dim=-1)
+    is_hot = lengths * lengths.shape[-1] > HOT_FACTOR * offsets[..., -1:]
+    return is_hot.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices.to(torch.int32)
+
+
+def valid_tokens(
+    lengths: torch.Tensor | None, num_blocks: int, block: int, seq_len: int, device: torch.device
+) -> torch.Tensor:
+    """Mask [B or 1, S]: whether a token lies within the valid prefix of its block."""
+    position = torch.arange(seq_len, device=device)
+    if lengths is None:
+        return torch.ones(1, seq_len, dtype=torch.bool, device=device)
+    return position % block < lengths[:, :num_blocks].repeat_interleave(block, -1)[:, :seq_len]

@@ -1,0 +1,128 @@
+"""The plain Triton kernels in Triton's interpreter, on the CPU. Run by test_kernels.py in a process of its own."""
+
+import os
+
+import pytest
+import torch
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_kernels.py"
+
+# The interpreter is chosen by the variable above, before triton is imported.
+# ruff: noqa: E402
+from blocksparse_scenarios import Scenario, assert_call_is_right, make_tensors
+
+from attnmux_blocksparse.kernels import backward, forward
+from attnmux_blocksparse.kernels.arguments import IndexTensors
+from attnmux_blocksparse.kernels.configs import BackwardConfig, ForwardConfig
+
+BASE = Scenario(batch=1, len_q=128, len_k=128)
+CASES = {
+    "full_blocks": BASE,
+    "odd_lengths": BASE.but(len_q=127, len_k=65),
+    "one_token": BASE.but(len_q=1, len_k=1),
+    "cross_lengths": BASE.but(len_q=65, len_k=190),
+    "gqa": BASE.but(heads=4, heads_k=2, batch=2),
+    "empty_rows": BASE.but(empty_rows=True),
+    "partial_blocks": BASE.but(partial=True, batch=2),
+    "partial_blocks_finite": BASE.but(partial=True, finite_padding=True),
+    "partial_odd_lengths": BASE.but(partial=True, len_q=100, len_k=180),
+    "heads_first": BASE.but(layout="bhsd", batch=2),
+    "packed": BASE.but(layout="packed"),
+    "shared_lists": BASE.but(shared=True, batch=2),
+    "head_dim_48": BASE.but(head_dim=48),
+    "blocks_128x64": BASE.but(block_q=128, len_q=200),
+    "blocks_64x256": BASE.but(block_k=256, len_k=300),
+    "blocks_256x128": BASE.but(block_q=256, block_k=128, len_q=300, len_k=130),
+    "negative_scale": BASE.but(softmax_scale=-0.3),
+    "zero_scale": BASE.but(softmax_scale=0.0),
+    "large_inputs": BASE.but(magnitude=16.0, dtype=torch.float16),
+    "float16": BASE.but(dtype=torch.float16),
+    "float16_partial_gqa": BASE.but(dtype=torch.float16, partial=True, heads=2, heads_k=1),
+}
+
+
+def run_kernels(q, k, v, dout, index, scale, tma=False, dlse=None):
+    """Forward and backward on poisoned outputs."""
+    lists = index.transpose()
+    tensors = IndexTensors(
+        index.blocks,
+        index.counts,
+        index.block_q,
+        index.block_k,
+        index.q_lengths,
+        index.k_lengths,
+        index.finite_padding,
+        False,
+        *lists,
+    )
+
+    def poison(shape, dtype):
+        return torch.full(shape, float("nan"), dtype=dtype)
+
+    out = poison(q.shape, q.dtype)
+    lse = poison((q.shape[0], q.shape[2], q.shape[1]), torch.float32)
+    forward.launch_forward(q, k, v, out, lse, tensors, softmax_scale=scale, config=ForwardConfig(128, 64, 4, 2, tma))
+    lse2, delta = backward.launch_stats(out, dout, lse, dlse)
+    dq, dk, dv = (poison(x.shape, x.dtype) for x in (q, k, v))
+    config = BackwardConfig(64, 64, 4, 2, tma)
+    backward.launch_dkdv(q, k, v, dout, lse2, delta, dk, dv, tensors, softmax_scale=scale, config=config)
+    backward.launch_dq(q, k, v, dout, lse2, delta, dq, tensors, softmax_scale=scale, config=config)
+    return out, lse, (dq, dk, dv)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_agree_with_the_oracle(name):
+    scenario = CASES[name]
+    q, k, v, dout, index = make_tensors(scenario, seed=len(name))
+    out, lse, grads = run_kernels(q, k, v, dout, index, scenario.scale)
+    assert_call_is_right(q, k, v, dout, index, scenario.scale, out, lse, grads)
+
+
+@pytest.mark.parametrize("name", ["odd_lengths", "gqa", "partial_blocks", "partial_blocks_finite", "heads_first"])
+def test_tma_kernels_agree_with_the_oracle(name):
+    scenario = CASES[name]
+    q, k, v, dout, index = make_tensors(scenario, seed=3)
+    out, lse, grads = run_kernels(q, k, v, dout, index, scenario.scale, tma=True)
+    assert_call_is_right(q, k, v, dout, index, scenario.scale, out, lse, grads)
+
+
+def test_small_tiles_walk_the_same_blocks():
+    """Tiles below the block size, as cards with little shared memory and large heads use them."""
+    scenario = BASE.but(block_q=128, block_k=128, len_q=150, len_k=200, partial=True)
+    q, k, v, dout, index = make_tensors(scenario)
+    tensors = IndexTensors(
+        index.blocks, index.counts, 128, 128, index.q_lengths, index.k_lengths, False, False, *index.transpose()
+    )
+    out, lse = torch.full(q.shape, float("nan")), torch.full((1, 2, 150), float("nan"))
+    forward.launch_forward(q, k, v, out, lse, tensors, softmax_scale=0.25, config=ForwardConfig(64, 32, 4, 2))
+    lse2, delta = backward.launch_stats(out, dout, lse, None)
+    dq, dk, dv = (torch.full(x.shape, float("nan")) for x in (q, k, v))
+    config = BackwardConfig(32, 32, 4, 1)
+    backward.launch_dkdv(q, k, v, dout, lse2, delta, dk, dv, tensors, softmax_scale=0.25, config=config)
+    backward.launch_dq(q, k, v, dout, lse2, delta, dq, tensors, softmax_scale=0.25, config=config)
+    assert_call_is_right(q, k, v, dout, index, 0.25, out, lse, (dq, dk, dv))
+
+
+def test_gradient_of_the_lse_is_part_of_the_backward():
+    q, k, v, dout, index = make_tensors(BASE)
+    dlse = torch.randn(1, 2, 128)
+    _, _, grads = run_kernels(q, k, v, dout, index, BASE.scale, dlse=dlse)
+    from blocksparse_scenarios import oracle
+
+    exact = oracle(q, k, v, dout, index, BASE.scale, dlse)[2:]
+    for got, want in zip(grads, exact, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_hot_blocks_first_covers_every_key_block():
+    """A sink chosen by every query block moves to the front of the order; nothing is lost."""
+    scenario = BASE.but(len_q=640, len_k=1280, keep=0.05)
+    q, k, v, dout, index = make_tensors(scenario)
+    mask = index.to_block_mask()
+    mask[..., 17] = True
+    from attnmux_blocksparse import BlockIndex
+
+    index = BlockIndex.from_block_mask(mask, block_q=64, block_k=64)
+    assert (index.transpose().order[..., 0] != 0).any()
+    out, lse, grads = run_kernels(q, k, v, dout, index, scenario.scale)
+    assert_call_is_right(q, k, v, dout, index, scenario.scale, out, lse, grads)
