@@ -10,6 +10,7 @@ SOURCES := core/pyproject.toml $(addsuffix /pyproject.toml,$(PACKAGES)) Makefile
 .PHONY: demo test check build clean
 
 demo: $(VENV)/.ready
+	mkdir -p demo
 	$(BIN)/attnmux demo --output demo/denoising.png
 
 test: $(VENV)/.ready

@@ -44,6 +44,11 @@ def test_torch_objects_are_kept_as_strings():
     assert json.dumps(kept.to_dict())
 
 
+@pytest.mark.parametrize(("short", "name"), [("bf16", "bfloat16"), ("fp16", "float16"), ("float", "float32")])
+def test_short_dtype_names_mean_the_same(short, name):
+    assert request(dtype=short) == request(dtype=name)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "text"),
     [

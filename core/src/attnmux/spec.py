@@ -42,6 +42,11 @@ SUPPORTED_APIS = frozenset({1})
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
+_SHORT_DTYPES = {
+    "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32", "fp64": "float64",
+    "double": "float64",
+}  # fmt: skip
+
 MASK_KINDS = ("bool", "additive", "key_padding")
 """Forms of `attn_mask`: bool (True = attend) or additive float, broadcastable to `[B, H, S_q, S_k]`; key padding is the
 bool form `[B, 1, 1, S_k]`."""
@@ -130,7 +135,7 @@ class AttentionRequest:
 
     Attributes:
         head_size: Channels of one head, >= 1.
-        dtype: Of q, k and v; a torch dtype or its name, kept as a string ("bfloat16").
+        dtype: Of q, k and v; a torch dtype, its name or its short name ("bf16"), kept as the name ("bfloat16").
         device: Where it runs; a torch device or its name, kept as a string ("cuda:0").
         causal: Whether a query sees only keys up to its own position.
         num_heads: Query heads, or None if unknown.
@@ -164,7 +169,8 @@ class AttentionRequest:
     softmax_scale: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", _plain(self.dtype))
+        dtype = _plain(self.dtype)
+        object.__setattr__(self, "dtype", _SHORT_DTYPES.get(dtype, dtype))
         object.__setattr__(self, "device", _plain(self.device))
         for field in ("head_size", "num_heads", "num_kv_heads", "sp_size"):
             value = getattr(self, field)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from attnmux.cli.bench import bench
 from attnmux.cli.check import check
 from attnmux.cli.demo import demo
 from attnmux.cli.doctor import doctor
@@ -22,6 +23,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "explain": explain,
     "doctor": doctor,
     "check": check,
+    "bench": bench,
     "demo": demo,
 }
 

@@ -1,0 +1,126 @@
+"""`attnmux bench`: times of backends behind a correctness gate."""
+
+from __future__ import annotations
+
+from pathlib import Path  # noqa: TC003 - typer reads the annotation
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["bench"]
+
+_QUICK_BUDGET_S, _BUDGET_S = 0.02, 0.25
+
+
+def bench(
+    backends: Annotated[
+        list[str] | None, typer.Option("--backend", help="Only these; repeat, or separate by commas.")
+    ] = None,
+    shapes: Annotated[
+        list[str] | None, typer.Option("--shape", help="B,S,H,D in place of the cases' own; repeat for several.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float16, bfloat16, float32 or float64; default: the case's, float32 on a CPU.")
+    ] = None,
+    backward: Annotated[bool, typer.Option("--backward", help="Measure gradients too.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small shapes and few runs.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: CUDA if there is one.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write the rows to, as JSON.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure how long backends take, after a check that what they compute is right.
+
+    Sampled rows of the output and the gradients are compared with dense math first; a backend that is wrong gets no number.
+    On a CPU the cases are small.
+
+    Exit status 1 if a backend is wrong or breaks, if one that --backend names gets no number for a case, or if there is no
+    number at all.
+    """
+    from attnmux.cli.output import make_console, plugin_output_to_stderr, print_json
+    from attnmux.errors import UnsupportedRequestError
+    from attnmux.registry import get_registry
+
+    if output is not None and not output.resolve().parent.is_dir():
+        raise UnsupportedRequestError(
+            f"the folder of --output {str(output)!r} does not exist; create it, or name another"
+        )
+    registry = get_registry()
+    wanted = [name for item in backends or [] for name in item.split(",") if name.strip()]
+    # a wrong name is told at once, before torch is imported
+    names = list(dict.fromkeys(registry.resolve(name) for name in wanted)) or sorted(registry.records())
+    rows: list[dict[str, Any]] = []
+    with plugin_output_to_stderr(as_json=as_json), make_console(stderr=True).status("measuring") as status:
+        from attnmux.bench import BenchOptions, describe_environment, parse_shape, run_backend, write_rows
+
+        options = BenchOptions(
+            device=_device(device),
+            dtype=_dtype(dtype),
+            directions=("forward", "backward") if backward else ("forward",),
+            shapes=tuple(parse_shape(text) for text in shapes or []),
+            is_quick=quick,
+            budget_s=_QUICK_BUDGET_S if quick else _BUDGET_S,
+        )
+        environment = describe_environment(options.device)
+        for name in names:
+            status.update(f"measuring {name}")
+            for row in run_backend(name, options, environment):
+                rows.append(row)
+                if output is not None:
+                    # after each, so that an interruption loses nothing
+                    write_rows(output, rows)
+    is_ok = _is_ok(rows, is_strict=bool(wanted))
+    if as_json:
+        print_json({"ok": is_ok, "rows": rows})
+    else:
+        _show(rows)
+    if not is_ok:
+        raise typer.Exit(1)
+
+
+def _device(name: str | None) -> Any:
+    """Return the torch device, made the current one; refuse one that is not there."""
+    # one set of rules for every command that takes a device
+    from attnmux.cli.demo import _device as checked_device
+
+    return checked_device(name)
+
+
+def _dtype(name: str | None) -> str | None:
+    from attnmux.errors import UnsupportedRequestError
+    from attnmux.spec import DTYPES
+
+    if name is not None and name not in DTYPES:
+        raise UnsupportedRequestError(f"--dtype {name!r} is not a dtype of attention; expected one of {DTYPES}")
+    return name
+
+
+def _is_ok(rows: Sequence[dict[str, Any]], *, is_strict: bool) -> bool:
+    gates = {row["gate"] for row in rows}
+    return "green" in gates and not gates & ({"red", "failed", "not run"} if is_strict else {"red", "failed"})
+
+
+def _show(rows: Sequence[dict[str, Any]]) -> None:
+    from attnmux.bench.tables import shape_text
+    from attnmux.cli.output import make_table, plain_text, show
+
+    columns = ("backend", "case", "shape", "dtype", "blocks", "direction", "median ms", "p20 ms", "p80 ms", "TFLOP/s")
+    cells = []
+    for row in rows:
+        case = (row["case"], shape_text(row), row["dtype"], row["blocks"]) if row["case"] != "none" else ("",) * 4
+        times = [""] * 4
+        if row["median_ms"] is not None:
+            times = [f"{row[key]:.3f}" for key in ("median_ms", "p20_ms", "p80_ms")] + [f"{row['tflops']:.3g}"]
+        cells.append((row["backend"], *case, row["direction"], *times, _engine_or_reason(row)))
+    environment = f"{rows[0]['device']}, torch {rows[0]['torch']}" if rows else ""
+    title = f"Attention on {environment}" if rows else "No backend is installed"
+    show(make_table((*columns, "engine, or why there is no number"), cells, title=title, right=columns[6:]))
+    for row in rows:
+        if row["gate"] in ("red", "failed"):
+            show(plain_text(f"{row['gate']}: {row['backend']}, {row['case']}, {row['direction']}", "bold red"))
+
+
+def _engine_or_reason(row: dict[str, Any]) -> str:
+    return str(row.get("refused") or row["engine"])
