@@ -494,3 +494,11 @@ def test_own_command_loads_no_hooks(install):
     point = install("hooks", distribution="acme-hooks", result=hook_module, group=PLUGINS_GROUP)
     assert main(["list", "--json"]) == 0
     assert point.loads == []
+
+
+def test_strict_makes_a_broken_plugin_an_error_of_the_listing(install, monkeypatch, capsys):
+    install("BROKEN_ATTN", distribution="broken", result=ImportError("boom"))
+    assert main(["list"]) == 0
+    monkeypatch.setenv("ATTNMUX_STRICT", "1")
+    assert main(["list"]) == 1
+    assert "boom (ATTNMUX_STRICT is set" in capsys.readouterr().err

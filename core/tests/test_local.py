@@ -114,12 +114,14 @@ def test_selection_happens_at_construction_only():
             LocalAttention(4, 8).attn_impl.forward(*qkv(), None)
 
 
-def test_constructor_arguments_reach_the_impl():
-    class Picky(Spy):
-        def __init__(self, *args, window=None, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.window = window
+def test_layer_without_a_kernel_says_so_when_it_is_called():
+    layer = LocalAttention(4, 8, backend=AttentionBackendEnum.NO_ATTENTION)
+    assert layer.backend is AttentionBackendEnum.NO_ATTENTION
+    with pytest.raises(UnsupportedRequestError, match="built with NO_ATTENTION and has no kernel"):
+        layer(*qkv())
 
+
+def test_constructor_arguments_reach_the_impl():
     layer = LocalAttention(4, 8, 2, 0.5, False, backend="TORCH_SDPA", prefix="blocks.3.attn")
     impl = layer.attn_impl
     assert (impl.num_heads, impl.head_size, impl.num_kv_heads, impl.softmax_scale, impl.prefix) == (

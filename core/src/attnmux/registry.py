@@ -25,7 +25,7 @@ from attnmux.errors import (
     UnknownBackendError,
 )
 from attnmux.settings import ENV_DISABLE_PLUGINS, ENV_PLUGINS, ENV_STRICT, EnvironmentSnapshot, read_environment
-from attnmux.spec import AttentionBackendEnum, BackendSpec, Capabilities, Reason, canonical_name
+from attnmux.spec import DTYPES, AttentionBackendEnum, BackendSpec, Capabilities, Reason, canonical_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,7 +51,8 @@ CORE_DISTRIBUTION = "attnmux"
 _NO_ATTENTION = BackendSpec(
     "NO_ATTENTION",
     target="attnmux.backends.none:NoAttentionBackend",
-    capabilities=Capabilities(),
+    # whatever is passed must reach the impl, which says why it cannot run
+    capabilities=Capabilities(dtypes=frozenset(DTYPES), devices=frozenset({"cpu", "cuda"}), backward=True),
     summary="builds a layer without any kernel; its forward raises",
 )
 

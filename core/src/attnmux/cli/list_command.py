@@ -19,12 +19,14 @@ def list_backends(
 
     Imports the plugins' spec modules only: neither torch nor a backend. Status is one of available, unavailable (a
     requirement is missing), not_installed, failed (the plugin is broken), conflict (two distributions register it) and
-    disabled (by a variable).
+    disabled (by a variable). With ATTNMUX_STRICT=1 a broken plugin is an error instead.
     """
     from attnmux.cli.output import make_table, plugin_output_to_stderr, print_json, show
     from attnmux.registry import get_registry
+    from attnmux.settings import read_environment
 
     with plugin_output_to_stderr(as_json=as_json):
+        get_registry().check_strict(read_environment())
         rows = backend_rows(get_registry())
     if as_json:
         print_json({"backends": rows})
