@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import LOG2_E, broadcast_strides, describe_rows, index_arguments
-from .configs import BackwardConfig
-from .forward import block_end, load_tile, store_tile
+from attnmux_blocksparse.kernels.arguments import LOG2_E, broadcast_strides, describe_rows, index_arguments
+from attnmux_blocksparse.kernels.configs import BackwardConfig
+from attnmux_blocksparse.kernels.forward import block_end, load_tile, store_tile
 
 # Rows of statistics are padded to a multiple of the largest block, so that no kernel masks their loads.
 STATS_ALIGNMENT = 256

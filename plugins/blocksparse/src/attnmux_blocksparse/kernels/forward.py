@@ -10,8 +10,8 @@ heads, so that those in flight share one head's K and V in the L2 cache.
 import triton
 import triton.language as tl
 
-from .arguments import LOG2_E, describe_rows, index_arguments
-from .configs import ForwardConfig
+from attnmux_blocksparse.kernels.arguments import LOG2_E, describe_rows, index_arguments
+from attnmux_blocksparse.kernels.configs import ForwardConfig
 
 
 @triton.jit

@@ -12,9 +12,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from .arguments import LOG2_E, IndexTensors, index_arguments
-from .configs import HOPPER_DQ
-from .hopper_forward import (
+from attnmux_blocksparse.kernels.arguments import LOG2_E, IndexTensors, index_arguments
+from attnmux_blocksparse.kernels.configs import HOPPER_DQ
+from attnmux_blocksparse.kernels.hopper_forward import (
     CONSUMER_REGISTERS,
     clear_padding,
     describe,

@@ -32,8 +32,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .arguments import LOG2_E, IndexTensors, index_arguments, tma_strides
-from .configs import HOPPER_FORWARD
+from attnmux_blocksparse.kernels.arguments import LOG2_E, IndexTensors, index_arguments, tma_strides
+from attnmux_blocksparse.kernels.configs import HOPPER_FORWARD
 
 # The consumers' registers; the launch gives every thread 168, and the producers give theirs up.
 CONSUMER_REGISTERS = 240
