@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnmux import AttentionMetadata, BackendSpec, Reason, UnsupportedRequestError
+from attnmux import AttentionMetadata, BackendSpec, DenseMetadataBuilder, Reason, UnsupportedRequestError
 from attnmux.registry import get_registry
 from attnmux.testing import (
     FAKE_CAPABILITIES,
@@ -16,7 +16,6 @@ from attnmux.testing import (
     FakeDistribution,
     FakeEntryPoint,
     FakeImpl,
-    FakeMetadataBuilder,
     conformance_class,
     installed,
     make_backend,
@@ -140,7 +139,7 @@ class TestDeclarations:
         }
 
     def test_builder_with_arguments_is_caught(self):
-        class Builder(FakeMetadataBuilder):
+        class Builder(DenseMetadataBuilder):
             def __init__(self, grid):
                 self.grid = grid
 
@@ -153,7 +152,7 @@ class TestDeclarations:
         assert check("declared_request", backend=backend).failed_tests == {"test_declared_request_is_served"}
 
     def test_abstract_class_is_caught(self):
-        class Abstract(FakeMetadataBuilder):
+        class Abstract(DenseMetadataBuilder):
             build = None
 
         Abstract.__abstractmethods__ = frozenset({"build"})

@@ -1,4 +1,5 @@
-"""What a backend's author tests with: the conformance suite, the error rule, seeded inputs, poisoned memory, fakes.
+"""What a backend's author tests with: the conformance suite, the error rule, seeded inputs, poisoned memory,
+fakes, and the tokens of a real clip.
 
     from attnmux.testing import BackendConformance
 
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnmux.testing.check import CheckResult, ConformanceReport, conformance_class, run_conformance
+    from attnmux.testing.clip import ClipTokens, clip_tokens
     from attnmux.testing.conformance import BackendConformance, Case, DenseLimit
     from attnmux.testing.fakes import (
         FAKE_CAPABILITIES,
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
         FakeDistribution,
         FakeEntryPoint,
         FakeImpl,
-        FakeMetadataBuilder,
         installed,
         make_backend,
     )
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "attnmux.testing.check": ("CheckResult", "ConformanceReport", "conformance_class", "run_conformance"),
+    "attnmux.testing.clip": ("ClipTokens", "clip_tokens"),
     "attnmux.testing.conformance": ("BackendConformance", "Case", "DenseLimit"),
     "attnmux.testing.fakes": (
         "FAKE_CAPABILITIES",
@@ -43,7 +45,6 @@ _HOMES = {
         "FakeDistribution",
         "FakeEntryPoint",
         "FakeImpl",
-        "FakeMetadataBuilder",
         "installed",
         "make_backend",
     ),
@@ -74,6 +75,7 @@ __all__ = [
     "BackendConformance",
     "Case",
     "CheckResult",
+    "ClipTokens",
     "ConformanceReport",
     "DenseLimit",
     "FakeBackend",
@@ -82,6 +84,7 @@ __all__ = [
     "FakeImpl",
     "FakeMetadataBuilder",
     "assert_close_to_oracle",
+    "clip_tokens",
     "conformance_class",
     "dense_attention_baseline",
     "dense_attention_oracle",

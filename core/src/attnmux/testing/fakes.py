@@ -16,8 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnmux.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
-from attnmux.errors import UnsupportedRequestError
+from attnmux.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    DenseMetadataBuilder,
+)
 from attnmux.registry import BACKENDS_GROUP, get_registry
 from attnmux.spec import BackendSpec, Capabilities
 
@@ -30,7 +35,6 @@ __all__ = [
     "FakeDistribution",
     "FakeEntryPoint",
     "FakeImpl",
-    "FakeMetadataBuilder",
     "installed",
     "make_backend",
 ]
@@ -110,28 +114,12 @@ class FakeImpl(AttentionImpl[AttentionMetadata]):
         return hidden
 
 
-class FakeMetadataBuilder(AttentionMetadataBuilder[AttentionMetadata]):
-    """Builds metadata that hold the step only."""
-
-    def __init__(self) -> None:
-        """Nothing to keep."""
-
-    def prepare(self) -> None:
-        """Nothing to reset."""
-
-    def build(self, *, current_timestep: int = 0, **kwargs: Any) -> AttentionMetadata:
-        """Return the metadata; arguments other than `current_timestep` are refused by name."""
-        if kwargs:
-            raise UnsupportedRequestError(f"{type(self).__name__}.build does not know {', '.join(sorted(kwargs))}")
-        return AttentionMetadata(current_timestep=current_timestep)
-
-
 def make_backend(
     name: str,
     impl_cls: type[AttentionImpl[Any]] = FakeImpl,
     *,
     metadata_cls: type[AttentionMetadata] = AttentionMetadata,
-    builder_cls: type[AttentionMetadataBuilder[Any]] = FakeMetadataBuilder,
+    builder_cls: type[AttentionMetadataBuilder[Any]] = DenseMetadataBuilder,
     head_sizes: tuple[int, ...] = (),
 ) -> type[AttentionBackend]:
     """Return a backend class that names the given classes."""
