@@ -42,30 +42,33 @@ from attnmux_blocksparse.ops import transpose
 
 OURS = "BLOCK_SPARSE_ATTN"
 DENSE = Case(name="dense", S_q=32768)
+FLEX = ("FLEX_ATTENTION", "triton")
+FLASH_DENSE = ("FLASH_ATTN_4", "cute")
+FLASH_SPARSE = ("FLASH_ATTN_4", "cute, block-sparse")
 
 
 def plan(engines):
-    """What is measured, in order: (case, who); who is (OURS, engine) or (peer's name, "")."""
+    """What is measured, in order: (case, who); who is a backend and its engine."""
     ours = [(OURS, engine) for engine in engines]
     fast = ours[:1]
-    peers = {"64x64": "FASTVIDEO_TRITON", "128x64": "SLA_TRITON"}
+    peers = {"64x64": ("FASTVIDEO", "triton"), "128x64": ("SLA", "triton")}
     entries = []
     for case in MAIN_CASES:
         entries += [(case, who) for who in ours]
         if case.blocks in peers:
-            entries.append((case, (peers[case.blocks], "")))
+            entries.append((case, peers[case.blocks]))
     entries += [(case, who) for case in DENSE_LIST_CASES for who in ours]
-    entries.append((DENSE, ("SDPA_CUDNN", "")))
+    entries.append((DENSE, ("SDPA", "cudnn")))
+    square = [case for case in MAIN_CASES if case.blocks == "128x128"]
+    entries += [(case, FLEX) for case in square]
+    entries += [(forward_only(case), FLASH_SPARSE) for case in square]
     entries += [(case, who) for case in KIND_CASES for who in fast]
     entries += [(case, who) for case in SHAPE_CASES for who in ours]
-    square = [case for case in MAIN_CASES if case.blocks == "128x128"]
-    entries += [(case, ("FLEX_ATTENTION", "")) for case in square]
-    entries += [(forward_only(case), ("FLASH_ATTN_4_SPARSE", "")) for case in square]
-    entries += [(forward_only(DENSE), (name, "")) for name in ("FLASH_ATTN_4", "SAGEATTENTION")]
-    entries.append((DENSE, ("SDPA_FLASH", "")))
+    entries += [(forward_only(DENSE), who) for who in (FLASH_DENSE, ("SAGEATTENTION", "triton"))]
+    entries.append((DENSE, ("SDPA", "flash")))
     # they compile for long, so they come last
-    entries += [(backward_only(case), ("FLASH_ATTN_4_SPARSE", "")) for case in square]
-    entries.append((backward_only(DENSE), ("FLASH_ATTN_4", "")))
+    entries += [(backward_only(case), FLASH_SPARSE) for case in square]
+    entries.append((backward_only(DENSE), FLASH_DENSE))
     return entries
 
 
@@ -100,13 +103,12 @@ def our_workload(case, engine, device, clock):
 
 
 def make_workload(case, who, device, clock):
-    name, engine = who
-    if name == OURS:
-        return our_workload(case, engine, device, clock)
-    if name in DENSE_PEERS:
-        return DENSE_PEERS[name](case)
+    if who[0] == OURS:
+        return our_workload(case, who[1], device, clock)
+    if who in DENSE_PEERS:
+        return DENSE_PEERS[who](case)
     both = dataclasses.replace(case, directions=("forward", "backward"))
-    return BLOCK_SPARSE_PEERS[name](case, index_of(both, device))
+    return BLOCK_SPARSE_PEERS[who](case, index_of(both, device))
 
 
 def measure_entry(case, who, device, clock, environment, budget_s):
@@ -118,7 +120,7 @@ def measure_entry(case, who, device, clock, environment, budget_s):
             make_workload(case, who, device, clock), clock, environment, device=device, budget_s=budget_s
         ):
             # one by one: a backward pass that raises leaves the forward's row
-            rows.append(row)
+            rows.append(row)  # noqa: PERF402
     except Exception as error:  # noqa: BLE001 - whatever a competitor raises is its row, and the others go on
         is_answer = isinstance(error, (ImportError, UnsupportedRequestError))
         text = " ".join(f"{type(error).__name__}: {error}".split())[:600]
@@ -132,9 +134,19 @@ def measure_entry(case, who, device, clock, environment, budget_s):
             refused=text,
             done=tuple(row["direction"] for row in rows),
         )
-        # after a fault in a kernel every further call fails
-        return rows, "CUDA error" not in text
+        return rows, is_usable(device)
     return rows, True
+
+
+def is_usable(device):
+    """Whether the device still answers; after a fault in a kernel every further call fails."""
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def describe(row):
@@ -176,13 +188,13 @@ def main():
                 f"{time.monotonic() - started:6.1f} s  {entry}: not begun, {arguments.limit:g} s are over\n"
             )
             continue
-        found, is_usable = measure_entry(case, who, device, clock, environment, budget_s)
+        found, can_go_on = measure_entry(case, who, device, clock, environment, budget_s)
         rows += found
         write_rows(arguments.output, rows)
         text = "; ".join(map(describe, found))
         sys.stdout.write(f"{time.monotonic() - started:6.1f} s  {entry}: {text}\n")
         sys.stdout.flush()
-        if not is_usable:
+        if not can_go_on:
             sys.stdout.write("the device is unusable after a fault; the rest is not run\n")
             return 1
         if device.type == "cuda":

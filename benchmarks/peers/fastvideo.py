@@ -25,7 +25,7 @@ def fastvideo_triton(case, index):
         sizes = index.k_lengths[0].contiguous()
     return Workload(
         case=case,
-        backend="FASTVIDEO_TRITON",
+        backend="FASTVIDEO",
         engine="triton",
         attend=lambda q, k, v: block_sparse_attn_triton(q, k, v, blocks, counts, sizes)[0],
         pattern=ListPattern(index, case),
@@ -47,7 +47,7 @@ def sla_triton(case, index):
     mask = per_head(case, index.to_block_mask()).to(torch.int8)
     return Workload(
         case=case,
-        backend="SLA_TRITON",
+        backend="SLA",
         engine="triton",
         attend=lambda q, k, v: kernels._attention.apply(
             q, k, v, mask, lists, lists.shape[-1], case.block_q, case.block_k

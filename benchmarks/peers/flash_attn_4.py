@@ -32,7 +32,7 @@ def flash_attn_4(case):
     def attend(q, k, v):
         return _output(flash_attn_func(q, k, v, causal=case.causal))
 
-    return _workload(case, "dense", attend, DensePattern(case))
+    return _workload(case, "cute", attend, DensePattern(case))
 
 
 def flash_attn_4_sparse(case, index):
@@ -61,4 +61,4 @@ def flash_attn_4_sparse(case, index):
     def attend(q, k, v):
         return _output(flash_attn_func(q, k, v, block_sparse_tensors=lists, block_sparse_tensors_bwd=lists_of_keys))
 
-    return _workload(case, "block-sparse", attend, ListPattern(index, case))
+    return _workload(case, "cute, block-sparse", attend, ListPattern(index, case))

@@ -18,7 +18,7 @@ def sage_attention(case):
     return Workload(
         case=dataclasses.replace(case, directions=("forward",)),
         backend="SAGEATTENTION",
-        engine="int8 QK, fp16 PV",
+        engine="triton",
         attend=lambda q, k, v: sageattn(q, k, v, tensor_layout="NHD", is_causal=case.causal),
         pattern=DensePattern(case),
         is_peer=True,

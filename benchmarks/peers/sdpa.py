@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from attnmux.bench import DensePattern, Workload
 
 
-def _workload(case, kernel, engine):
+def _workload(case, engine, kernel):
     uses_gqa = case.H_kv != case.H
 
     def attend(q, k, v):
@@ -22,13 +22,13 @@ def _workload(case, kernel, engine):
         pattern=DensePattern(case),
         is_peer=True,
         layout="BHSD",
-        extra={"version": torch.__version__},
+        extra={"version": torch.__version__, "cudnn": torch.backends.cudnn.version()},
     )
 
 
 def sdpa_cudnn(case):
-    return _workload(case, SDPBackend.CUDNN_ATTENTION, f"cudnn {torch.backends.cudnn.version()}")
+    return _workload(case, "cudnn", SDPBackend.CUDNN_ATTENTION)
 
 
 def sdpa_flash(case):
-    return _workload(case, SDPBackend.FLASH_ATTENTION, "flash")
+    return _workload(case, "flash", SDPBackend.FLASH_ATTENTION)

@@ -76,3 +76,9 @@ def test_suite_runs_in_a_file_of_the_author(tmp_path):
     assert "[XPASS(strict)] no reason at all" in done.stdout
     assert "If this fails: a copied backend kept the name of the original." in done.stdout
     assert "1 failed, 3 passed" in done.stdout
+
+
+def test_every_exported_name_of_the_package_exists():
+    from attnmux import testing
+
+    assert all(getattr(testing, name) is not None for name in testing.__all__)

@@ -21,6 +21,10 @@ __all__ = ["DensePattern", "GateReport", "Pattern", "check_samples"]
 _SAMPLED_TOKENS = 32
 _CHUNK = 2048
 
+_VANISHING = 64.0
+"""A truth below so many roundings of its terms counts as zero: with one key, the gradient of its score is a difference of equal
+numbers."""
+
 
 class Pattern(Protocol):
     """Which key every query attends to."""
@@ -88,22 +92,27 @@ class GateReport:
 
 
 class _Sums:
-    """Sums of squares of errors and truths, by quantity."""
+    """Sums of squares of errors, truths and the terms that truths are sums of, by quantity."""
 
     def __init__(self) -> None:
         self._sums: dict[str, list[torch.Tensor]] = {}
+        self._precision = 0.0
 
-    def add(self, name: str, result: torch.Tensor, truth: torch.Tensor) -> None:
-        error = (result.to(truth.dtype) - truth).square().sum().double()
-        size = truth.square().sum().double()
-        held = self._sums.setdefault(name, [torch.zeros_like(error), torch.zeros_like(size)])
-        held[0] += error
-        held[1] += size
+    def add(self, name: str, result: torch.Tensor, truth: torch.Tensor, terms: torch.Tensor) -> None:
+        """Count one sample; `terms` are sums of magnitudes, shaped like the truth."""
+        held = self._sums.setdefault(name, [truth.new_zeros((), dtype=torch.float64) for _ in range(3)])
+        for total, x in zip(held, (result.to(truth.dtype) - truth, truth, terms), strict=True):
+            total += x.square().sum().double()
+        self._precision = torch.finfo(truth.dtype).eps
 
     def relative(self) -> dict[str, float]:
-        return {
-            name: (float(error) / max(float(size), 1e-30)) ** 0.5 for name, (error, size) in sorted(self._sums.items())
-        }
+        """Errors over truths; over the terms where the truth is no more than the rounding of their sum."""
+        found = {}
+        for name, sums in sorted(self._sums.items()):
+            error, size, terms = (float(x) ** 0.5 for x in sums)
+            vanishes = size <= _VANISHING * self._precision * terms
+            found[name] = error / max(terms if vanishes else size, 1e-30)
+        return found
 
 
 def check_samples(
@@ -201,11 +210,12 @@ def _check_rows(
     visible = pattern.visible(batch, head, rows, torch.arange(k.shape[1], device=q.device))
     weights = _weights(_exact(q[batch, rows, head]), keys, visible, scale)
     truth = weights @ values
-    sums.add("out", named["out"][batch, rows, head], truth)
+    sums.add("out", named["out"][batch, rows, head], truth, weights @ values.abs())
     if dout is not None and "dq" in named:
         d_rows = _exact(dout[batch, rows, head])
-        d_scores = weights * (d_rows @ values.T - (d_rows * truth).sum(-1, keepdim=True))
-        sums.add("dq", named["dq"][batch, rows, head], d_scores @ keys * scale)
+        d_weights, delta = d_rows @ values.T, (d_rows * truth).sum(-1, keepdim=True)
+        terms = weights * (d_weights.abs() + delta.abs()) @ keys.abs() * abs(scale)
+        sums.add("dq", named["dq"][batch, rows, head], weights * (d_weights - delta) @ keys * scale, terms)
 
 
 def _check_keys(
@@ -226,14 +236,17 @@ def _check_keys(
     keys, values = _exact(k[batch, :, head_kv]), _exact(v[batch, :, head_kv])
     all_rows, all_keys = torch.arange(q.shape[1], device=q.device), torch.arange(k.shape[1], device=q.device)
     dk, dv = torch.zeros_like(keys[sampled]), torch.zeros_like(values[sampled])
+    dk_terms, dv_terms = torch.zeros_like(dk), torch.zeros_like(dv)
     for head in range(head_kv * group, (head_kv + 1) * group):
         seeing = all_rows[pattern.visible(batch, head, all_rows, sampled).any(-1)]
         for rows in torch.split(seeing, _CHUNK):
             q_rows, d_rows = _exact(q[batch, rows, head]), _exact(dout[batch, rows, head])
             weights = _weights(q_rows, keys, pattern.visible(batch, head, rows, all_keys), scale)
             delta = (d_rows * (weights @ values)).sum(-1, keepdim=True)
-            weights = weights[:, sampled]
+            weights, d_weights = weights[:, sampled], d_rows @ values[sampled].T
             dv += weights.T @ d_rows
-            dk += (weights * (d_rows @ values[sampled].T - delta)).T @ q_rows * scale
-    sums.add("dk", named["dk"][batch, sampled, head_kv], dk)
-    sums.add("dv", named["dv"][batch, sampled, head_kv], dv)
+            dv_terms += weights.T @ d_rows.abs()
+            dk += (weights * (d_weights - delta)).T @ q_rows * scale
+            dk_terms += (weights * (d_weights.abs() + delta.abs())).T @ q_rows.abs() * abs(scale)
+    sums.add("dk", named["dk"][batch, sampled, head_kv], dk, dk_terms)
+    sums.add("dv", named["dv"][batch, sampled, head_kv], dv, dv_terms)

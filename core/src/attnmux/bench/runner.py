@@ -5,52 +5,32 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from attnmux.bench.cases import DENSE_CASES, Case
-from attnmux.bench.gate import DensePattern, Pattern
+from attnmux.bench.gate import DensePattern
 from attnmux.bench.harness import make_clock
-from attnmux.bench.workload import Workload, measure_workload, refused_rows
+from attnmux.bench.workload import Prepared, Workload, measure_workload, refused_rows
 from attnmux.errors import AttnmuxError, PluginApiError, PluginLoadError, UnsupportedRequestError
 from attnmux.layers.local import LocalAttention
 from attnmux.registry import LoadFailure, get_registry
 from attnmux.selector import select_backend
-from attnmux.spec import AttentionRequest
+from attnmux.spec import AttentionBackendEnum, AttentionRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from types import ModuleType
 
-    from attnmux.backend import AttentionMetadata
     from attnmux.bench.harness import Clock
     from attnmux.bench.record import Environment
     from attnmux.spec import BackendSpec
 
-__all__ = ["BenchOptions", "Prepared", "bench_module", "cases_of", "run_backend"]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a backend needs for one case beyond q, k and v.
-
-    Attributes:
-        pattern: Which key every query attends to.
-        attn_metadata: Passed to the layer.
-        extra_inputs: The backend's own tensors, passed to the layer by name.
-        impl_args: The backend's own constructor arguments.
-        limit: Largest relative L2 error that the gate allows; None = the error rule's. A backend that approximates on
-            purpose says here by how much.
-    """
-
-    pattern: Pattern
-    attn_metadata: AttentionMetadata | None = None
-    extra_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    impl_args: dict[str, Any] = field(default_factory=dict)
-    limit: float | None = None
+__all__ = ["BenchOptions", "bench_module", "cases_of", "run_backend"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +65,12 @@ class BenchOptions:
                 chosen += [wanted.with_shape(shape) for shape in self.shapes]
             else:
                 chosen.append(wanted.shrunk() if is_small else wanted)
-        return list(dict.fromkeys(case for case in chosen if case.directions))
+        unique: dict[Case, Case] = {}
+        for case in chosen:
+            if case.directions:
+                # given shapes make cases equal but for their names; the first name stays
+                unique.setdefault(dataclasses.replace(case, name=""), case)
+        return list(unique.values())
 
 
 def bench_module(spec: BackendSpec) -> ModuleType | None:
@@ -145,12 +130,19 @@ def run_backend(
     """
     registry = get_registry()
     name = registry.resolve(name)
+    if name == AttentionBackendEnum.NO_ATTENTION.value:
+        yield from _not_measured(name, options, environment, "it has no kernel: its forward raises")
+        return
     clock = make_clock(options.device) if clock is None else clock
     try:
         spec = registry.spec(name)
         # what is missing is told before the module with the cases is imported
         registry.backend_class(name)
-        module = bench_module(spec) if cases is None or prepare is None else None
+        module = registry.guard(registry.records()[name].claim, name, "bench", partial(bench_module, spec))
+        if isinstance(module, LoadFailure):
+            reason = f"its module with the cases raised {module.cause}"
+            yield from _not_measured(name, options, environment, reason, has_failed=True)
+            return
         wanted = options.apply(cases_of(spec, module) if cases is None else cases)
     except AttnmuxError as error:
         yield from _not_measured(name, options, environment, str(error), has_failed=isinstance(error, PluginLoadError))
@@ -161,8 +153,12 @@ def run_backend(
             "does not exist or has none; see attnmux.bench"
         )
         yield from _not_measured(name, options, environment, reason)
+    prepare = prepare or getattr(module, "prepare", None)
     for case in wanted:
-        yield from _run_case(spec, case, options, environment, clock, prepare or getattr(module, "prepare", None))
+        # one by one: a backend without a backward pass still has a forward pass
+        for direction in case.directions:
+            single = dataclasses.replace(case, directions=(direction,))
+            yield from _run_case(spec, single, options, environment, clock, prepare)
 
 
 def _not_measured(
@@ -182,36 +178,33 @@ def _run_case(
     clock: Clock,
     prepare: Callable[[str, Case, torch.device], Prepared] | None,
 ) -> list[dict[str, Any]]:
-    registry, rows = get_registry(), list[dict[str, Any]]()
+    registry = get_registry()
     try:
-        request = _request(case, options.device)
-        selection = select_backend(request, backend=spec.name)
+        selection = select_backend(_request(case, options.device), backend=spec.name)
     except AttnmuxError as error:
         return refused_rows(case, environment, backend=spec.name, refused=_short_reason(error, spec.name))
     engine = next((reason.text for reason in selection.report[spec.name].reasons if reason.code == "engine"), "")
 
-    def collect() -> None:
+    def measured() -> list[dict[str, Any]]:
         prepared = Prepared(DensePattern(case)) if prepare is None else prepare(spec.name, case, options.device)
         workload = _layer_workload(spec, case, engine, prepared, options.device)
-        for row in measure_workload(workload, clock, environment, device=options.device, budget_s=options.budget_s):
-            # one by one, so that a backward pass that raises leaves the forward's row
-            rows.append(row)
+        return list(measure_workload(workload, clock, environment, device=options.device, budget_s=options.budget_s))
 
     # whatever a backend raises is recorded, and the others go on
-    result = registry.guard(registry.records()[spec.name].claim, spec.name, "bench", collect)
-    if isinstance(result, LoadFailure):
-        # a refusal is an answer, anything else is a fault
-        is_refusal = isinstance(result.error, UnsupportedRequestError)
-        rows += refused_rows(
-            case,
-            environment,
-            backend=spec.name,
-            engine=engine,
-            gate="not run" if is_refusal else "failed",
-            refused=str(result.error) if is_refusal else f"it raised {result.cause}",
-            done=tuple(row["direction"] for row in rows),
-        )
-    return rows
+    result = registry.guard(registry.records()[spec.name].claim, spec.name, "bench", measured)
+    if not isinstance(result, LoadFailure):
+        rows: list[dict[str, Any]] = result
+        return rows
+    # a refusal is an answer, anything else is a fault
+    is_refusal = isinstance(result.error, UnsupportedRequestError)
+    return refused_rows(
+        case,
+        environment,
+        backend=spec.name,
+        engine=engine,
+        gate="not run" if is_refusal else "failed",
+        refused=str(result.error) if is_refusal else f"it raised {result.cause}",
+    )
 
 
 def _request(case: Case, device: torch.device) -> AttentionRequest:

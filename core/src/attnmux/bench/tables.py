@@ -22,12 +22,13 @@ _SHAPE_KEYS = ("case", "B", "S", "S_k", "H", "H_kv", "D", "dtype", "causal", "ke
 
 
 def group_rows(rows: Iterable[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, dict[str, Any]]]:
-    """Return rows by case, backend and engine, each by direction, in the order in which they come."""
-    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    """Return rows by case, backend and engine, each by direction: in the order in which they come, one case together."""
+    cases: dict[tuple[Any, ...], dict[tuple[Any, ...], dict[str, dict[str, Any]]]] = {}
     for row in rows:
-        key = (*(row.get(name) for name in _SHAPE_KEYS), row["backend"], row["engine"])
-        groups.setdefault(key, {})[row["direction"]] = row
-    return groups
+        case = tuple(row.get(name) for name in _SHAPE_KEYS)
+        groups = cases.setdefault(case, {})
+        groups.setdefault((*case, row["backend"], row["engine"]), {})[row["direction"]] = row
+    return {key: group for groups in cases.values() for key, group in groups.items()}
 
 
 def shape_text(row: dict[str, Any]) -> str:

@@ -15,12 +15,13 @@ from attnmux.testing.inputs import AttentionInputs
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from attnmux.backend import AttentionMetadata
     from attnmux.bench.cases import Case
     from attnmux.bench.gate import GateReport, Pattern
     from attnmux.bench.harness import Clock
     from attnmux.bench.record import Environment
 
-__all__ = ["Workload", "measure_workload", "refused_rows"]
+__all__ = ["Prepared", "Workload", "measure_workload", "refused_rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,26 @@ class Workload:
     layout: Literal["BSHD", "BHSD"] = "BSHD"
     limit: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a backend needs for one case beyond q, k and v.
+
+    Attributes:
+        pattern: Which key every query attends to.
+        attn_metadata: Passed to the layer.
+        extra_inputs: The backend's own tensors, passed to the layer by name.
+        impl_args: The backend's own constructor arguments.
+        limit: Largest relative L2 error that the gate allows; None = the error rule's. A backend that approximates on
+            purpose says here by how much.
+    """
+
+    pattern: Pattern
+    attn_metadata: AttentionMetadata | None = None
+    extra_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    impl_args: dict[str, Any] = field(default_factory=dict)
+    limit: float | None = None
 
 
 def refused_rows(

@@ -109,18 +109,30 @@ def _show(rows: Sequence[dict[str, Any]]) -> None:
     columns = ("backend", "case", "shape", "dtype", "blocks", "direction", "median ms", "p20 ms", "p80 ms", "TFLOP/s")
     cells = []
     for row in rows:
-        case = (row["case"], shape_text(row), row["dtype"], row["blocks"]) if row["case"] != "none" else ("",) * 4
-        times = [""] * 4
-        if row["median_ms"] is not None:
-            times = [f"{row[key]:.3f}" for key in ("median_ms", "p20_ms", "p80_ms")] + [f"{row['tflops']:.3g}"]
-        cells.append((row["backend"], *case, row["direction"], *times, _engine_or_reason(row)))
+        if row["median_ms"] is None:
+            continue
+        case = (row["case"], shape_text(row), row["dtype"], row["blocks"], row["direction"])
+        times = (f"{row[key]:.3f}" for key in ("median_ms", "p20_ms", "p80_ms"))
+        cells.append((row["backend"], *case, *times, f"{row['tflops']:.3g}", row["engine"]))
     environment = f"{rows[0]['device']}, torch {rows[0]['torch']}" if rows else ""
-    title = f"Attention on {environment}" if rows else "No backend is installed"
-    show(make_table((*columns, "engine, or why there is no number"), cells, title=title, right=columns[6:]))
+    if cells:
+        table = make_table((*columns, "engine"), cells, title=f"Attention on {environment}", right=columns[6:])
+        show(table)
+    for text, is_fault in _reasons(rows).items():
+        show(plain_text(text, "bold red" if is_fault else "yellow"))
+    if not cells:
+        show(
+            plain_text(
+                f"no number: nothing was measured on {environment}" if rows else "no backend is installed", "red"
+            )
+        )
+
+
+def _reasons(rows: Sequence[dict[str, Any]]) -> dict[str, bool]:
+    """Lines that say why rows have no number, and whether that is a fault."""
+    lines = {}
     for row in rows:
-        if row["gate"] in ("red", "failed"):
-            show(plain_text(f"{row['gate']}: {row['backend']}, {row['case']}, {row['direction']}", "bold red"))
-
-
-def _engine_or_reason(row: dict[str, Any]) -> str:
-    return str(row.get("refused") or row["engine"])
+        if "refused" in row:
+            subject = f"{row['backend']} {row['case']} {row['direction']}" if row["case"] != "none" else row["backend"]
+            lines[f"{row['gate']}: {subject}: {row['refused']}"] = row["gate"] in ("red", "failed")
+    return lines

@@ -82,7 +82,6 @@ __all__ = [
     "FakeDistribution",
     "FakeEntryPoint",
     "FakeImpl",
-    "FakeMetadataBuilder",
     "assert_close_to_oracle",
     "clip_tokens",
     "conformance_class",
