@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -253,6 +254,10 @@ def _bounds(lengths: FlashAttentionMetadata) -> tuple[Any, Any, Any, Any]:
     return lengths.cu_seqlens_q, lengths.cu_seqlens_k, lengths.max_seqlen_q, lengths.max_seqlen_k
 
 
+# Version 4 compiles a kernel on its first call with new arguments, and aborts the process when two threads do so at once.
+_compiling = threading.Lock()
+
+
 @torch.library.custom_op("attnmux::flash_attn_4", mutates_args=())
 def _flash_attn_4(
     q: torch.Tensor,
@@ -268,18 +273,19 @@ def _flash_attn_4(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from flash_attn.cute import interface
 
-    output, lse = interface._flash_attn_fwd(
-        q.detach(),
-        k.detach(),
-        v.detach(),
-        softmax_scale=softmax_scale,
-        causal=causal,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        return_lse=True,
-    )[:2]
+    with _compiling:
+        output, lse = interface._flash_attn_fwd(
+            q.detach(),
+            k.detach(),
+            v.detach(),
+            softmax_scale=softmax_scale,
+            causal=causal,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            return_lse=True,
+        )[:2]
     return output.contiguous(), lse
 
 
@@ -312,21 +318,22 @@ def _flash_attn_4_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from flash_attn.cute import interface
 
-    grads = interface._flash_attn_bwd(
-        q,
-        k,
-        v,
-        output,
-        grad.contiguous(),
-        lse,
-        softmax_scale,
-        causal,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        deterministic=deterministic,
-    )
+    with _compiling:
+        grads = interface._flash_attn_bwd(
+            q,
+            k,
+            v,
+            output,
+            grad.contiguous(),
+            lse,
+            softmax_scale,
+            causal,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            deterministic=deterministic,
+        )
     # contiguous whatever the strides of q, k, v, as the fake says; no copy where they are
     grad_q, grad_k, grad_v = (x.contiguous() for x in grads[:3])
     return grad_q, grad_k, grad_v
