@@ -120,9 +120,21 @@ def test_one_plugin_is_found_and_passes_its_tests(with_vsa):
 
 
 @pytest.fixture(scope="module")
-def with_third_party(with_vsa):
-    with_vsa.install("attnmux-window")
+def with_blocksparse(with_vsa):
+    with_vsa.install("attnmux-blocksparse")
     return with_vsa
+
+
+@pytest.mark.parametrize("name", ["BLOCK_SPARSE_ATTN", "VIDEO_SPARSE_ATTN"])
+def test_installed_plugins_pass_the_conformance_suite(with_blocksparse, name):
+    assert with_blocksparse.backends()[name]["status"] == "available"
+    with_blocksparse.attnmux("check", name, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def with_third_party(with_blocksparse):
+    with_blocksparse.install("attnmux-window")
+    return with_blocksparse
 
 
 def test_third_party_backend_is_found_checked_and_passes_its_tests(with_third_party):

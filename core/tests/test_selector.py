@@ -131,6 +131,11 @@ def test_empty_allow_list_is_refused():
         choose(supported=[])
 
 
+def test_allow_list_that_is_a_string_is_refused():
+    with pytest.raises(UnsupportedRequestError, match=r"got the string 'TORCH_SDPA'; write \['TORCH_SDPA'\]"):
+        choose(supported="TORCH_SDPA")
+
+
 @pytest.mark.parametrize("default", ["VMOBA_ATTN", "NOBODY_ATTN", "ZETA_ATTN"])
 def test_default_that_cannot_serve_gives_way_with_the_reason_in_the_report(install, default):
     install("ZETA_ATTN", capabilities=Capabilities(exactness="exact"))

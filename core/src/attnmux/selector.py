@@ -82,7 +82,7 @@ def select_backend(
             reasons are listed.
         PluginLoadError, PluginApiError, PluginConflictError: Its plugin is broken or claimed twice.
     """
-    allowed = supported if supported is None or type(supported) is tuple else tuple(supported)
+    allowed = supported if supported is None or type(supported) is tuple else _as_tuple(supported)
     # every input of the choice, and of the registry beneath it
     key = (
         request,
@@ -204,6 +204,14 @@ def _cuda_arch(request: AttentionRequest) -> int | None:
         return None
     major, minor = cuda.get_device_capability(index)
     return int(major * 10 + minor)
+
+
+def _as_tuple(supported: Iterable[AttentionBackendEnum | str]) -> tuple[AttentionBackendEnum | str, ...]:
+    if isinstance(supported, str):
+        raise UnsupportedRequestError(
+            f"supported_attention_backends is a list of backends, got the string {supported!r}; write [{supported!r}]"
+        )
+    return tuple(supported)
 
 
 def _explicit_choice(backend: AttentionBackendEnum | str | None, environment: EnvironmentSnapshot) -> Choice | None:
