@@ -39,6 +39,7 @@ def bench(
     Exit status 1 if a backend is wrong or breaks, if one that --backend names gets no number for a case, or if there is no
     number at all.
     """
+    from attnmux.cli.device import checked_device
     from attnmux.cli.output import make_console, plugin_output_to_stderr, print_json
     from attnmux.errors import UnsupportedRequestError
     from attnmux.registry import get_registry
@@ -56,7 +57,7 @@ def bench(
         from attnmux.bench import BenchOptions, describe_environment, parse_shape, run_backend, write_rows
 
         options = BenchOptions(
-            device=_device(device),
+            device=checked_device(device),
             dtype=_dtype(dtype),
             directions=("forward", "backward") if backward else ("forward",),
             shapes=tuple(parse_shape(text) for text in shapes or []),
@@ -78,14 +79,6 @@ def bench(
         _show(rows)
     if not is_ok:
         raise typer.Exit(1)
-
-
-def _device(name: str | None) -> Any:
-    """Return the torch device, made the current one; refuse one that is not there."""
-    # one set of rules for every command that takes a device
-    from attnmux.cli.demo import _device as checked_device
-
-    return checked_device(name)
 
 
 def _dtype(name: str | None) -> str | None:

@@ -40,6 +40,7 @@ def demo(
 
     Exit status 1 if a backend breaks, or if one that --backends names cannot run.
     """
+    from attnmux.cli.device import checked_device
     from attnmux.cli.output import plugin_output_to_stderr, print_json
     from attnmux.errors import UnsupportedRequestError
     from attnmux.registry import get_registry
@@ -60,7 +61,7 @@ def demo(
         names = candidate_names(get_registry(), wanted)
         with _progress_bar(2 * len(names) + 2) as progress:
             progress("the clip")
-            chosen_device = _device(device)
+            chosen_device = checked_device(device)
             tokens = clip_tokens(video, frames=frames, height=height, width=width, sigma=sigma, start=start)
             settings = DemoSettings(device=chosen_device, sparsity=sparsity, query=tokens.moving_token())
             runs, not_run = _run_all(names, tokens, settings, progress)
@@ -73,33 +74,6 @@ def demo(
     refused = {item.name for item in not_run} & set(names) if wanted else set()
     if refused or any(item.has_failed for item in not_run):
         raise typer.Exit(1)
-
-
-def _device(name: str | None) -> Any:
-    """Return the torch device; refuse one that is not there."""
-    import torch
-
-    from attnmux.errors import UnsupportedRequestError
-    from attnmux.selector import current_device
-
-    try:
-        device = torch.device(name or current_device())
-    except RuntimeError as error:
-        raise UnsupportedRequestError(
-            f"--device {name!r} is not a device; expected 'cpu', 'cuda' or 'cuda:N'"
-        ) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedRequestError(
-            f"--device {name!r}: torch {torch.__version__} sees no CUDA device; use --device cpu"
-        )
-    if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise UnsupportedRequestError(
-                f"--device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices, from 0"
-            )
-        # kernels are launched on the current device
-        torch.cuda.set_device(device.index or 0)
-    return device
 
 
 def _run_all(
