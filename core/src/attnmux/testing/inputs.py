@@ -1,4 +1,4 @@
-"""Seeded random q, k and v: odd lengths, several strides, several magnitudes."""
+"""Inputs of tests: seeded random q, k and v of odd lengths, several strides and magnitudes; and the tokens of a real clip."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["INPUT_SCALES", "LAYOUTS", "ODD_LENGTHS", "AttentionInputs", "make_inputs", "with_layout"]
+from attnmux.testing.clip import ClipTokens, clip_tokens
+
+__all__ = [
+    "INPUT_SCALES",
+    "LAYOUTS",
+    "ODD_LENGTHS",
+    "AttentionInputs",
+    "ClipTokens",
+    "clip_tokens",
+    "make_inputs",
+    "with_layout",
+]
 
 INPUT_SCALES = (1.0, 4.0, 16.0)
 """Standard deviations of q, k and v under which a backend must hold its precision; at 16 softmax is nearly one-hot."""
