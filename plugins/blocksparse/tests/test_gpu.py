@@ -8,7 +8,7 @@ from attnmux.errors import UnsupportedRequestError
 from attnmux_blocksparse import BlockIndex, block_sparse_attention
 from attnmux_blocksparse.kernels import KernelRequest, is_supported
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = pytest.mark.gpu
 
 BASE = Scenario(batch=2, len_q=1000, len_k=1000, heads=2, heads_k=2, head_dim=128, dtype=torch.bfloat16)
 COMMON = {
