@@ -6,7 +6,6 @@ Times are the best of several repetitions: host overhead is a floor, and other p
 """
 
 import argparse
-import datetime
 import json
 import os
 import platform
@@ -18,6 +17,7 @@ import timeit
 import torch
 
 from attnmux import AttentionBackendEnum, AttentionRequest, LocalAttention, get_attn_backend, select_backend
+from attnmux.bench import describe_environment
 
 
 def microseconds(function, number=5000, repeat=9):
@@ -61,18 +61,13 @@ def main():
         "import attnmux (s, interpreter subtracted)": seconds("-c", "import attnmux") - seconds("-c", "pass"),
         "attnmux list (s, whole process)": seconds("-m", "attnmux", "list"),
     }
-    commit = (
-        os.environ.get("COMMIT")
-        or subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-    )
+    environment = describe_environment(torch.device("cpu"), commit=os.environ.get("COMMIT"))
     about = {
         "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "commit": environment.commit,
+        "date": environment.date,
     }
     with open(arguments.output, "w") as file:
         json.dump({**about, "rows": rows}, file, indent=1)

@@ -7,15 +7,15 @@ events over repeated launches, inputs of one case in turn by all kernels.
 """
 
 import argparse
-import datetime
 import json
 import os
-import subprocess
 import sys
 
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from attnmux.bench import describe_environment
 
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -125,12 +125,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output")
     arguments = parser.parse_args()
-    commit = (
-        os.environ.get("COMMIT")
-        or subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-    )
+    environment = describe_environment(torch.device("cuda"), commit=os.environ.get("COMMIT"))
     rows = []
     for case in CASES:
         for row in measure(case, torch.bfloat16):
@@ -142,8 +137,8 @@ def main():
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version(),
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "commit": environment.commit,
+        "date": environment.date,
     }
     with open(arguments.output, "w") as file:
         json.dump({**about, "rows": rows}, file, indent=1)

@@ -31,7 +31,6 @@ from attnmux.testing import (
 
 CPU = torch.device("cpu")
 TINY = Case(name="tiny", B=2, S_q=65, H=4, H_kv=2, D=16, dtype="float64")
-OPTIONS = BenchOptions(device=CPU, shapes=((1, 65, 2, 16),), directions=("forward", "backward"), budget_s=1e-4)
 
 
 @pytest.fixture

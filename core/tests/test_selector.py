@@ -249,6 +249,15 @@ def test_engine_is_shown_for_the_selected(install, make_backend):
         capabilities=EXACT,
     )
     assert "engine 4 of 5" in choose(backend="ZETA_ATTN").explain()
+    assert choose(backend="ZETA_ATTN").engine == "engine 4 of 5"
+
+
+def test_error_repeats_the_reports_reasons_about_a_backend(install):
+    install("ZETA_ATTN", capabilities=Capabilities(**CPU, exactness="exact"))
+    with pytest.raises(UnsupportedRequestError) as caught:
+        select_backend(AttentionRequest(head_size=80, dtype="float32", device="cpu", causal=True), backend="ZETA_ATTN")
+    assert caught.value.reasons_about("ZETA_ATTN") == "head_size=80 (supported: 64); causal attention (not supported)"
+    assert UnsupportedRequestError("plain").reasons_about("ZETA_ATTN") == "plain"
 
 
 def test_no_attention_is_chosen_by_name_only():

@@ -48,6 +48,12 @@ class Selection:
         """Where the choice came from."""
         return self.report.source
 
+    @property
+    def engine(self) -> str:
+        """What the backend would run, in its own words; empty where it does not say."""
+        reasons = self.report[self.spec.name].reasons
+        return next((reason.text for reason in reasons if reason.code == "engine"), "")
+
     def explain(self) -> str:
         """Return the report as text."""
         return self.report.explain()

@@ -44,6 +44,12 @@ class AttnmuxError(Exception):
     report: SelectionReport | None = None
     """The selection report at the time of the error, where a selection was under way."""
 
+    def reasons_about(self, backend: str) -> str:
+        """Return on one line what the report says against a backend; without a report, the message."""
+        rows = self.report.candidates if self.report is not None else ()
+        reasons = next((row.reasons for row in rows if row.backend == backend), ())
+        return "; ".join(map(str, reasons)) or str(self)
+
 
 class UnknownBackendError(AttnmuxError, LookupError):
     """A backend name that the core does not know and no installed distribution registers."""

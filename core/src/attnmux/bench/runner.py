@@ -182,8 +182,8 @@ def _run_case(
     try:
         selection = select_backend(_request(case, options.device), backend=spec.name)
     except AttnmuxError as error:
-        return refused_rows(case, environment, backend=spec.name, refused=_short_reason(error, spec.name))
-    engine = next((reason.text for reason in selection.report[spec.name].reasons if reason.code == "engine"), "")
+        return refused_rows(case, environment, backend=spec.name, refused=error.reasons_about(spec.name))
+    engine = selection.engine
 
     def measured() -> list[dict[str, Any]]:
         prepared = Prepared(DensePattern(case)) if prepare is None else prepare(spec.name, case, options.device)
@@ -238,10 +238,3 @@ def _layer_workload(spec: BackendSpec, case: Case, engine: str, prepared: Prepar
     return Workload(
         case=case, backend=spec.name, engine=engine, attend=attend, pattern=prepared.pattern, limit=prepared.limit
     )
-
-
-def _short_reason(error: AttnmuxError, name: str) -> str:
-    """Return the reasons of the report where there is one, else the message."""
-    rows = error.report.candidates if error.report is not None else ()
-    reasons = next((row.reasons for row in rows if row.backend == name), ())
-    return "; ".join(map(str, reasons)) or str(error)

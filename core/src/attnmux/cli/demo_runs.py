@@ -141,8 +141,10 @@ def run_backend(
         )
         selection = select_backend(request, backend=name)
         metadata = build_metadata(selection.backend_class, tokens.grid, settings)
+    except BackendNotInstalledError:
+        return NotRun(name, f"not installed: {install_command(name)}")
     except AttnmuxError as error:
-        return NotRun(name, _short_reason(error, name))
+        return NotRun(name, error.reasons_about(name))
     # whatever a backend raises is recorded, and the others go on
     claim = registry.records()[name].claim
     result = registry.guard(
@@ -202,15 +204,6 @@ def _choose_dtype(declared: frozenset[str], device: torch.device) -> str:
     return next((dtype for dtype in order if dtype in declared), order[0])
 
 
-def _short_reason(error: AttnmuxError, name: str) -> str:
-    """Return why a backend cannot serve: the reasons of the report where there is one, else the message."""
-    if isinstance(error, BackendNotInstalledError):
-        return f"not installed: {install_command(name)}"
-    rows = error.report.candidates if error.report is not None else ()
-    reasons = next((row.reasons for row in rows if row.backend == name), ())
-    return "; ".join(map(str, reasons)) or str(error)
-
-
 def _measure(
     selection: Selection,
     dtype: str,
@@ -254,7 +247,7 @@ def _measure(
         distribution=row.distribution,
         version=row.version,
         exactness=spec.capabilities.exactness or "undeclared",
-        engine=next((reason.text for reason in row.reasons if reason.code == "engine"), ""),
+        engine=selection.engine,
         dtype=dtype,
         milliseconds=statistics.median(times) * 1000,
         timed_runs=len(times),

@@ -8,7 +8,7 @@ class ForwardConfig:
     """Plain Triton forward.
 
     tile_m, tile_n: query rows and keys per step (at most the block's). warps, stages: of the kernel.
-    use_tma: tensor memory accelerator (sm90). max_registers: cap per thread, or None.
+    use_tma: tensor memory accelerator (sm90).
     """
 
     tile_m: int
@@ -16,7 +16,6 @@ class ForwardConfig:
     warps: int
     stages: int
     use_tma: bool = False
-    max_registers: int | None = None
 
 
 @dataclass(frozen=True)

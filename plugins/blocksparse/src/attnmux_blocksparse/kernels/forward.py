@@ -125,7 +125,6 @@ def launch_forward(q, k, v, out, lse, index, *, softmax_scale: float, config: Fo
     use_tma = config.use_tma and index.streams_whole_rows("k")
     q_desc, k_desc, v_desc = describe_rows((q, tile_m), (k, tile_n), (v, tile_n), d_pad=d_pad) if use_tma else (None,) * 3
     n_tiles = triton.cdiv(len_q, tile_m)
-    extra = {} if config.max_registers is None else {"maxnreg": config.max_registers}
     return _blocksparse_fwd_kernel[(batch * heads * n_tiles,)](
         q_desc, k_desc, v_desc, q, k, v, out, lse, *index_arguments(index),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], lse.stride(0),
@@ -134,5 +133,5 @@ def launch_forward(q, k, v, out, lse, index, *, softmax_scale: float, config: Fo
         GROUP=heads // heads_k, BLOCK_Q=index.block_q, BLOCK_K=index.block_k, TILE_M=tile_m, TILE_N=tile_n,
         D=head_dim, D_PAD=d_pad, HAS_Q_LEN=index.q_lengths is not None, HAS_K_LEN=index.k_lengths is not None,
         MASK_K=index.k_lengths is not None or len_k % index.block_k != 0, USE_TMA=use_tma, STAGES=config.stages,
-        num_warps=config.warps, **extra,
+        num_warps=config.warps,
     )
