@@ -33,8 +33,9 @@ def block_sparse_attention(
         index: lists for ceil(S_q / block_q) query and ceil(S_k / block_k) key blocks, on the device of q.
         softmax_scale: factor on q . k, any number; None is D ** -0.5.
         return_lse: also return the log-sum-exp of the scaled scores.
-        engine: "reference", "triton" (sm80 on) or "hopper" (sm90). None takes the fastest that serves the call. A named
-            engine runs or raises; it never falls back.
+        engine: "reference", "triton" (sm80 on), "hopper" (sm90) or "fa4" (sm90, flash-attn 4 installed, key blocks of 128;
+            its gradients differ in the last bits from run to run). None takes the fastest deterministic one that serves
+            the call. A named engine runs or raises; it never falls back.
 
     Returns:
         out [B, S_q, H, D], contiguous, in the type of q; with return_lse also lse [B, H, S_q], float32, natural log. A query
@@ -45,7 +46,7 @@ def block_sparse_attention(
         UnsupportedRequestError: shapes, types, devices or strides that do not fit, or an engine that cannot serve them.
 
     Numerics: scores, softmax and accumulators are float32; weights are rounded to the type of v before the second product.
-    Bit-for-bit deterministic, forward and backward.
+    Bit-for-bit deterministic, forward and backward, with every engine but fa4.
     """
     _check(q, k, v, index, engine)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
@@ -168,7 +169,7 @@ def _forward_op(
     engine: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     index = IndexTensors(blocks, counts, block_q, block_k, q_lengths, k_lengths, finite_padding, even_rows)
-    chosen = choose_engine(engine, KernelRequest(q, k, v, block_q, block_k, softmax_scale))
+    chosen = choose_engine(engine, KernelRequest(q, k, v, block_q, block_k, softmax_scale, index.has_valid_lengths))
     if chosen == "reference":
         out, lse = reference.attention_forward(q, k, v, index, softmax_scale)
         return out, lse.float()
@@ -210,7 +211,7 @@ def _backward_op(
     index = IndexTensors(
         blocks, counts, block_q, block_k, q_lengths, k_lengths, finite_padding, even_rows, offsets, entries, order
     )
-    chosen = choose_engine(engine, KernelRequest(q, k, v, block_q, block_k, softmax_scale))
+    chosen = choose_engine(engine, KernelRequest(q, k, v, block_q, block_k, softmax_scale, index.has_valid_lengths))
     if chosen == "reference":
         return reference.attention_backward(dout, dlse, q, k, v, index, softmax_scale)
     from attnmux_blocksparse.kernels import launch
