@@ -146,7 +146,13 @@ def main():
         if time.monotonic() - started > arguments.limit:
             sys.stdout.write(f"{name} {engine} {direction}: not begun\n")
             continue
-        row = {"case": name, "engine": engine, "S": case.S_q if case else None, "direction": direction, **environment}
+        row = {
+            "case": name,
+            "engine": engine,
+            "S": case.S_q if case else None,
+            "direction": direction,
+            **dataclasses.asdict(environment),
+        }
         try:
             run, operations = make()
             run_for(run, 3, multiprocessors)
