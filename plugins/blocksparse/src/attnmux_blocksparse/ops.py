@@ -9,7 +9,7 @@ import torch
 from attnmux.errors import UnsupportedRequestError
 from attnmux_blocksparse import prepare, reference
 from attnmux_blocksparse.index import BlockIndex, TransposedLists
-from attnmux_blocksparse.kernels import ENGINES, KernelRequest, choose_engine
+from attnmux_blocksparse.kernels import ENGINES, KernelRequest, can_launch, choose_engine
 from attnmux_blocksparse.kernels.arguments import IndexTensors
 
 
@@ -133,8 +133,12 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: BlockIndex,
 def _transpose_op(
     blocks: torch.Tensor, counts: torch.Tensor, num_key_blocks: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    offsets, entries = prepare.transpose_lists(blocks, counts, num_key_blocks)
-    return offsets, entries, prepare.hot_first_order(offsets)
+    if not can_launch(blocks):
+        offsets, entries = prepare.transpose_lists(blocks, counts, num_key_blocks)
+        return offsets, entries, prepare.hot_first_order(offsets)
+    from attnmux_blocksparse.kernels.transpose import launch_transpose
+
+    return launch_transpose(blocks, counts, num_key_blocks)
 
 
 @_transpose_op.register_fake
