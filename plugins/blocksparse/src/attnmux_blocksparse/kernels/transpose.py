@@ -1,8 +1,8 @@
 """The transposed lists in four launches: count, scan over rows, scan over keys, fill. No atomics, no sort, no host.
 
-Query blocks are dealt out in chunks of ROWS. A program walks the rows of its chunk one after the other and keeps a counter for every
-key block; within a row the keys differ, so all of them are counted at once. The counters of a chunk, summed over the
-chunks before it, are where its entries of each key block begin, so that entries come out ascending.
+Query blocks are dealt out in chunks of ROWS. A program walks the rows of its chunk one after the other and keeps a counter
+for every key block; within a row the keys differ, so all of them are counted at once. The counters of a chunk, summed over
+the chunks before it, are where its entries of each key block begin, so that entries come out ascending.
 """
 
 # Arguments of kernels stand in groups (pointers, strides, sizes, constants), not one a line.
@@ -104,12 +104,11 @@ def launch_transpose(
     """Offsets, entries and order: what `prepare.transpose_lists` and `prepare.hot_first_order` give, on one stream."""
     batch, heads, n_rows, width = blocks.shape
     n_chunks = triton.cdiv(n_rows, ROWS)
-    like = {"dtype": torch.int32, "device": blocks.device}
-    counters = torch.zeros(batch, heads, n_chunks, num_key_blocks, **like)
-    offsets = torch.empty(batch, heads, num_key_blocks + 1, **like)
+    counters = blocks.new_zeros(batch, heads, n_chunks, num_key_blocks)
+    offsets = blocks.new_empty(batch, heads, num_key_blocks + 1)
     # Entries beyond the last offset must still name a query block.
-    entries = torch.zeros(batch, heads, n_rows * width, **like)
-    order = torch.empty(batch, heads, num_key_blocks, **like)
+    entries = blocks.new_zeros(batch, heads, n_rows * width)
+    order = blocks.new_empty(batch, heads, num_key_blocks)
     arguments = (
         blocks, counts, counters, offsets, entries, *broadcast_strides(blocks), blocks.stride(2),
         *broadcast_strides(counts), heads, n_rows, num_key_blocks, n_rows * width,
