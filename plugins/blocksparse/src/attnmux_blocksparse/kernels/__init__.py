@@ -58,8 +58,10 @@ def device_capability(x: torch.Tensor) -> tuple[int, int] | None:
 
 def can_launch(x: torch.Tensor) -> bool:
     """Whether Triton kernels run where x is."""
+    if not x.is_cuda or find_spec("triton") is None:
+        return False
     capability = device_capability(x)
-    return capability is not None and capability >= TRITON_MINIMUM and find_spec("triton") is not None
+    return capability is not None and capability >= TRITON_MINIMUM
 
 
 def reference_reasons(request: KernelRequest) -> list[Reason]:
