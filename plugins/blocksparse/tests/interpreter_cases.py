@@ -11,10 +11,11 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_kernels.py"
 # ruff: noqa: E402
 from blocksparse_scenarios import Scenario, assert_call_is_right, make_tensors
 
-from attnmux_blocksparse import BlockIndex, prepare
+from attnmux_blocksparse import BlockIndex, prepare, reference
 from attnmux_blocksparse.kernels import backward, forward
 from attnmux_blocksparse.kernels.arguments import IndexTensors
 from attnmux_blocksparse.kernels.configs import BackwardConfig, ForwardConfig
+from attnmux_blocksparse.kernels.select import launch_select
 from attnmux_blocksparse.kernels.transpose import launch_transpose
 
 BASE = Scenario(batch=1, len_q=128, len_k=128)
@@ -154,3 +155,19 @@ def test_transposed_lists_are_those_of_the_sort(shape, keep):
         assert torch.equal(got[1][tuple(place)][:used], entries[tuple(place)][:used])
     assert int(got[1].min()) >= 0
     assert int(got[1].max()) < shape[2]
+
+
+@pytest.mark.parametrize(
+    ("n_q", "n_k", "topk", "protected", "order"),
+    [(1, 1, 1, 0, 1.0), (33, 70, 9, 2, 1.0), (17, 130, 130, 0, -1.0), (5, 40, 3, 3, 0.0), (20, 300, 31, 0, 1.0)],
+)
+def test_selection_is_that_of_the_sort(n_q, n_k, topk, protected, order):
+    """More rows and columns than a tile, everything kept, all scores equal; ties, zeros of both signs and NaN among the scores."""
+    generator = torch.Generator().manual_seed(n_q)
+    # small whole numbers, so that sums are exact in any order and ties are common
+    q = torch.randint(-2, 3, (2, 4, n_q, 16), generator=generator).float()
+    k = torch.randint(-2, 3, (2, 2, n_k, 16), generator=generator).float()
+    q[:, :, 0] = 0.0
+    k[0, 0, n_k // 2] = float("nan")
+    got = launch_select(q, k, topk, protected, order)
+    assert torch.equal(got, reference.select(q, k, topk, protected, order))

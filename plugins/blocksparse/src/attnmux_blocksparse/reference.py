@@ -181,3 +181,21 @@ def attention_backward(
             # indexing adds up in a fixed order on a GPU too
             total.index_put_((chunk.keys.flatten(),), part.reshape(-1, *keys.shape[1:]), accumulate=True)
     return _from_blocks(torch.cat(dqs), q), _from_blocks(dk, k), _from_blocks(dv, v)
+
+
+def select(pooled_q: torch.Tensor, pooled_k: torch.Tensor, topk: int, protected: int, order: float) -> torch.Tensor:
+    """The best key blocks of every query block, int32 [B, H, N_q, topk], ascending; see `ops.select_top_blocks`."""
+    batch, heads, n_q, head_dim = pooled_q.shape
+    n_k = pooled_k.shape[2]
+    keys = pooled_k.repeat_interleave(heads // pooled_k.shape[1], 1).reshape(-1, n_k, head_dim)
+    queries = pooled_q.reshape(-1, n_q, head_dim)
+    lists = [queries.new_empty(0, n_q, topk, dtype=torch.int32)]
+    step = max(1, _CHUNK_NUMBERS // max(n_q * n_k, 1))
+    for start in range(0, len(queries), step):
+        at = slice(start, start + step)
+        scores = (queries[at] * order) @ keys[at].transpose(1, 2)
+        # NaN sorts as the largest number, and a stable sort keeps equal ones in the order of their index.
+        scores[..., :protected] = float("nan")
+        best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :topk]
+        lists.append(best.sort(-1).values.to(torch.int32))
+    return torch.cat(lists).view(batch, heads, n_q, topk)
