@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-ROWS, COLUMNS = 32, 32
+ROWS, COLUMNS = 16, 32
 # Weights that the backward holds at once, 64 MB.
 CHUNK_NUMBERS = 2**24
 
