@@ -121,11 +121,15 @@ def assert_follows_error_rule(got, exact, yardstick):
     names = ("out", "dq", "dk", "dv", "dgate")
     for name, a, b, c in zip(names, got, exact, yardstick, strict=False):
         assert torch.isfinite(a).all(), f"{name}: not finite"
+        if b.norm() < 1e-9:
+            # zero but for rounding, as the gradient of q where there is one key
+            assert float(a.abs().max()) <= 16 * torch.finfo(a.dtype).eps, f"{name}: must vanish"
+            continue
         factor = 2 if name == "out" else 3
         band = torch.finfo(a.dtype).eps * float(b.abs().max())
         error, allowed = float((a.double() - b).abs().max()), float((c.double() - b).abs().max())
         assert error <= factor * allowed + band, f"{name}: max error {error:.3e}, allowed {factor * allowed + band:.3e}"
-        if name != "out" and b.norm() > 1e-9:
+        if name != "out":
             relative = float((a.double() - b).norm() / b.norm())
             assert relative <= 1e-2, f"{name}: relative L2 {relative:.3e}"
             assert abs(float(a.double().norm() / b.norm()) - 1) <= 5e-3, f"{name}: norms differ"

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from attnmux.errors import ForwardContextError, UnsupportedRequestError
-from attnmux_blocksparse import BlockIndex, block_sparse_attention, select_top_blocks
+from attnmux_blocksparse.index import BlockIndex
+from attnmux_blocksparse.ops import block_sparse_attention, select_top_blocks
 from attnmux_vsa.kernels import ENGINES, choose_engine
 from attnmux_vsa.prepare import VideoTiling, resolve_topk, tile_tokens
 from attnmux_vsa.reference import (
@@ -24,6 +25,9 @@ from attnmux_vsa.reference import (
 )
 
 __all__ = ["ENGINES", "select_tiles", "video_sparse_attention"]
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+Triplet = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -142,7 +146,7 @@ def select_tiles(
         ]
         if choose_engine(None, q, volume) == "triton":
             return _kept_tiles(means[0], means[1], kept, scale, conform).long()
-        return keep_top_tiles(score_means(*means, scale, conform=conform), kept)
+        return keep_top_tiles(score_means(means[0], means[1], scale, conform=conform), kept)
 
 
 def _by_kernels(
@@ -190,8 +194,7 @@ def _kept_tiles(
     if conform is None:
         # of the scale only its sign matters for the order
         order = float((scale > 0) - (scale < 0))
-        chosen: torch.Tensor = select_top_blocks(q_means, k_means, kept, order=order)
-        return chosen
+        return select_top_blocks(q_means, k_means, kept, order=order)
     heads = range(q_means.shape[1])
     group = q_means.shape[1] // k_means.shape[1]
     # head by head, so that the scores of one head are the largest tensor
@@ -306,7 +309,8 @@ def _tile_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from attnmux_vsa.kernels import tiles
 
-    return tiles.tile(x, token_of_slot, tile_sizes, with_mean)
+    result: Pair = tiles.tile(_with_rows(x), token_of_slot, tile_sizes, with_mean)
+    return result
 
 
 @_tile_op.register_fake
@@ -336,8 +340,12 @@ def _tile_backward_op(
 ) -> torch.Tensor:
     from attnmux_vsa.kernels import tiles
 
-    dtiles, dmeans = _with_rows(dtiles), None if dmeans is None else dmeans.contiguous()
-    return tiles.tile_backward(dtiles, dmeans, token_of_slot, tile_sizes, slot_of_token.shape[0], like.dtype)
+    dtiles = None if dtiles is None else _with_rows(dtiles)
+    dmeans = None if dmeans is None else dmeans.contiguous()
+    result: torch.Tensor = tiles.tile_backward(
+        dtiles, dmeans, token_of_slot, tile_sizes, slot_of_token.shape[0], like.dtype
+    )
+    return result
 
 
 @_tile_backward_op.register_fake
@@ -377,7 +385,8 @@ def _coarse_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from attnmux_vsa.kernels import coarse
 
-    return coarse.coarse_attention(q_means, k_means, v_means, scale)
+    result: Pair = coarse.coarse_attention(q_means, k_means, v_means, scale)
+    return result
 
 
 @_coarse_op.register_fake
@@ -399,7 +408,8 @@ def _coarse_backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from attnmux_vsa.kernels import coarse
 
-    return coarse.coarse_backward(dout.contiguous(), q_means, k_means, v_means, out, lse, scale)
+    result: Triplet = coarse.coarse_backward(dout.contiguous(), q_means, k_means, v_means, out, lse, scale)
+    return result
 
 
 @_coarse_backward_op.register_fake
@@ -435,7 +445,9 @@ def _untile_op(
 ) -> torch.Tensor:
     from attnmux_vsa.kernels import tiles
 
-    return tiles.untile(fine, coarse, _with_rows(gate), token_of_slot, tile_sizes.shape[0], slot_of_token.shape[0])
+    gate = None if gate is None else _with_rows(gate)
+    result: torch.Tensor = tiles.untile(fine, coarse, gate, token_of_slot, tile_sizes.shape[0], slot_of_token.shape[0])
+    return result
 
 
 @_untile_op.register_fake
@@ -457,7 +469,8 @@ def _untile_backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from attnmux_vsa.kernels import tiles
 
-    return tiles.untile_backward(_with_rows(dout), _with_rows(gate), coarse, token_of_slot)
+    result: Triplet = tiles.untile_backward(_with_rows(dout), _with_rows(gate), coarse, token_of_slot)
+    return result
 
 
 @_untile_backward_op.register_fake
@@ -489,6 +502,6 @@ def _untile_grad(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...
 torch.library.register_autograd("attnmux_vsa::untile", _untile_grad, setup_context=_save_untile)
 
 
-def _with_rows(x: torch.Tensor | None) -> torch.Tensor | None:
+def _with_rows(x: torch.Tensor) -> torch.Tensor:
     """The tensor, copied if its last dimension is not contiguous, as that of an expanded gradient."""
-    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

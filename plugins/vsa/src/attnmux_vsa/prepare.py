@@ -283,7 +283,7 @@ def adaptive_tiles(grid: Triple, tile: Triple) -> tuple[torch.Tensor, int]:
     tile_of_token = torch.empty(grid, dtype=torch.int64)
     num_tiles = 0
     for box in boxes:
-        sizes = tuple(last - first for first, last in box)
+        sizes = (box[0][1] - box[0][0], box[1][1] - box[1][0], box[2][1] - box[2][0])
         shape = (
             tile if all(size % step == 0 for size, step in zip(sizes, tile, strict=True)) else _best_tile(sizes, tile)
         )
@@ -293,7 +293,7 @@ def adaptive_tiles(grid: Triple, tile: Triple) -> tuple[torch.Tensor, int]:
     return tile_of_token.flatten(), num_tiles
 
 
-def _best_tile(sizes: tuple[int, ...], tile: Triple) -> Triple:
+def _best_tile(sizes: Triple, tile: Triple) -> Triple:
     """Return the shape of a tile of as many tokens that covers a box with the fewest tiles."""
     volume = math.prod(tile)
     divisors = [n for n in range(1, volume + 1) if volume % n == 0]
