@@ -1,0 +1,118 @@
+"""The kernels in Triton's interpreter, on the CPU. Run by test_kernels.py in a process of its own."""
+
+import os
+
+import pytest
+import torch
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_kernels.py"
+
+# The interpreter is chosen by the variable above, before triton is imported.
+# ruff: noqa: E402
+from sla_scenarios import Scenario, assert_call_is_right, forward_and_backward, make_tensors
+
+from attnmux_sla import ops, reference
+from attnmux_sla.kernels import launch
+from attnmux_sla.prepare import pool_blocks, top_blocks
+
+BASE = Scenario()
+CASES = {
+    "whole_blocks": BASE,
+    "odd_lengths": BASE.but(len_q=127, len_k=65),
+    "one_token": BASE.but(len_q=1, len_k=1),
+    "cross_lengths": BASE.but(len_q=65, len_k=190),
+    "grouped_heads": BASE.but(heads=4, batch=2, len_q=70, len_k=100),
+    "heads_first": BASE.but(layout="heads_first", batch=2),
+    "packed": BASE.but(layout="packed"),
+    "head_size_48": BASE.but(head_size=48, len_q=64, len_k=70),
+    "elu": BASE.but(feature_map="elu", len_q=100),
+    "relu": BASE.but(feature_map="relu", len_q=100),
+    "relu_48": BASE.but(feature_map="relu", head_size=48, len_q=64, len_k=65),
+    "elu_48": BASE.but(feature_map="elu", head_size=48, len_q=64, len_k=65),
+    "blocks_64x128": BASE.but(block_q=64, block_k=128),
+    "blocks_256x256": BASE.but(block_q=256, block_k=256, len_q=300, len_k=270),
+    "no_projection": BASE.but(projects=False),
+    "several_splits": BASE.but(len_q=1100, len_k=1100, heads=1, heads_k=1),
+    "negative_scale": BASE.but(softmax_scale=-0.3),
+    "float16": BASE.but(dtype=torch.float16),
+    "float16_large": BASE.but(dtype=torch.float16, input_scale=16.0, len_q=100),
+    "float16_elu_large": BASE.but(dtype=torch.float16, input_scale=16.0, feature_map="elu", len_k=100),
+}
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """Let the operators run the kernels on the CPU; the sparse branch stays the reference's."""
+    monkeypatch.setattr(ops, "choose_engine", lambda name, *_: "reference" if name == "reference" else "triton")
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Memory from torch.empty is NaN, or a number that no list may hold."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        fresh = empty(*args, **kwargs)
+        return fresh.fill_(float("nan") if fresh.is_floating_point() else -7)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_agree_with_the_oracle(name):
+    scenario = CASES[name]
+    tensors = make_tensors(scenario, seed=len(name))
+    # float16 can be told from float64 blocks only by chance; small tests have none of it
+    out, grads = forward_and_backward(tensors[:5], tensors[5], scenario.options)
+    assert_call_is_right(scenario, tensors, out, grads)
+
+
+def rows(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("block", [64, 128, 256])
+@pytest.mark.parametrize("length", [1, 63, 65, 300])
+def test_pooling_divides_by_the_true_length(block, length):
+    x = rows(2, length, 3, 16)
+    torch.testing.assert_close(launch.pool(x, block), pool_blocks(x, block))
+
+
+@pytest.mark.parametrize(("n_q", "n_k"), [(1, 1), (17, 5), (16, 127), (33, 300)])
+@pytest.mark.parametrize("order", [1.0, -1.0, 0.0])
+def test_lists_are_those_of_the_reference(n_q, n_k, order):
+    q, k = rows(1, 4, n_q, 16), rows(1, 2, n_k, 16, seed=1)
+    for kept in sorted({1, max(1, n_k // 3), n_k - 1 or 1, n_k}):
+        for protected in {0, min(2, kept)}:
+            lists = launch.select(q, k, kept, protected, order)
+            assert torch.equal(lists, top_blocks(q, k, kept, protected, order))
+
+
+def test_few_programs_walk_many_tiles(monkeypatch):
+    monkeypatch.setattr(launch, "SELECT", launch.SELECT.__class__(rows=16, columns=64, warps=4, programs=2))
+    q, k = rows(1, 3, 40, 16), rows(1, 3, 150, 16, seed=1)
+    assert torch.equal(launch.select(q, k, 20), top_blocks(q, k, 20))
+
+
+def test_ties_nan_infinity_and_signed_zeros_are_ordered_as_by_the_reference():
+    # a score is its key's number, since the query is one-hot
+    special = [0.0, -0.0, float("nan"), float("inf"), float("-inf"), 1.0, -1.0, 1e-40, -1e-40, 3e38, 0.0, 1.0]
+    keys = torch.zeros(1, 1, len(special), 16)
+    keys[..., 0] = torch.tensor(special)
+    queries = torch.zeros(1, 1, 1, 16)
+    queries[..., 0] = 1.0
+    for kept in range(1, len(special) + 1):
+        # a NaN or infinity times 0 is NaN, so that only channel 0 may be multiplied
+        found = launch.select(queries[..., :1].repeat(1, 1, 1, 16), keys[..., :1].expand(-1, -1, -1, 16) / 16, kept)
+        scores = (keys[..., :1].expand(-1, -1, -1, 16) / 16).sum(-1)
+        best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :kept].sort(-1).values
+        assert found.flatten().tolist() == best.flatten().tolist()
+
+
+@pytest.mark.parametrize("feature_map", ["softmax", "elu", "relu"])
+def test_the_state_is_the_sum_over_keys(feature_map):
+    k, v = rows(1, 1030, 2, 16), rows(1, 1030, 2, 16, seed=1)
+    for ours, theirs in zip(
+        launch.summarize_keys(k, v, 64, feature_map), reference.summarize_keys(k, v, 64, feature_map), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
