@@ -19,17 +19,52 @@ class StreamConfig:
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """Scores and top-k. rows: query blocks of a program. columns: key blocks per step. programs: at most."""
+    """Scores and top-k.
+
+    rows: query blocks of a program. columns: key blocks per step of the scores. step: channels per product. scan: key blocks
+    per step of the search. programs: at most.
+    """
 
     rows: int
     columns: int
+    step: int
+    scan: int
     warps: int
     programs: int
 
 
-POOL = StreamConfig(tile=64, warps=4)
-SUMMARIZE = StreamConfig(tile=64, warps=8, stages=3, split=1024)
-FINISH = StreamConfig(tile=128, warps=8)
-BACKWARD_Q = StreamConfig(tile=64, warps=8, stages=2, split=1024)
-BACKWARD_K = StreamConfig(tile=64, warps=8)
-SELECT = SelectConfig(rows=16, columns=64, warps=4, programs=528)
+@dataclass(frozen=True)
+class Configs:
+    """All kernels of the engine on one kind of card."""
+
+    pool: StreamConfig
+    summarize: StreamConfig
+    finish: StreamConfig
+    backward_q: StreamConfig
+    backward_kv: StreamConfig
+    select: SelectConfig
+
+
+_LARGE_MEMORY = Configs(
+    pool=StreamConfig(tile=64, warps=4),
+    summarize=StreamConfig(tile=64, warps=8, stages=2),
+    finish=StreamConfig(tile=128, warps=8),
+    backward_q=StreamConfig(tile=64, warps=8, stages=2),
+    backward_kv=StreamConfig(tile=64, warps=8),
+    select=SelectConfig(rows=16, columns=64, step=32, scan=128, warps=4, programs=528),
+)
+# Under 100 KB of shared memory.
+_SMALL_MEMORY = Configs(
+    pool=_LARGE_MEMORY.pool,
+    summarize=StreamConfig(tile=64, warps=8),
+    finish=StreamConfig(tile=64, warps=4),
+    backward_q=StreamConfig(tile=32, warps=8),
+    backward_kv=StreamConfig(tile=32, warps=4),
+    select=_LARGE_MEMORY.select,
+)
+
+
+def kernel_configs(capability: tuple[int, int]) -> Configs:
+    """The table row for a compute capability."""
+    has_small_memory = (capability[0] == 8 and capability[1] != 0) or capability[0] >= 12
+    return _SMALL_MEMORY if has_small_memory else _LARGE_MEMORY

@@ -10,7 +10,7 @@ import triton
 
 from attnmux_sla.kernels import linear
 from attnmux_sla.kernels import select as selection
-from attnmux_sla.kernels.configs import BACKWARD_K, BACKWARD_Q, FINISH, POOL, SELECT, SUMMARIZE
+from attnmux_sla.kernels.configs import Configs, kernel_configs
 from attnmux_sla.prepare import EPS
 
 # Features of a softmax lie in [0, 1]; in float16 small ones keep their precision if they are scaled up on the way.
@@ -23,16 +23,22 @@ REDUCE_ROWS, REDUCE_PARTS = 8, 8
 PROJECT_ROWS, PRODUCT_STEP = 16, 32
 
 
+def _configs(x: torch.Tensor) -> Configs:
+    """The tuning row for the card that x is on; in the interpreter that of the largest."""
+    return kernel_configs(torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0))
+
+
 def pool(x: torch.Tensor, block: int) -> torch.Tensor:
     """Means of blocks, float32 [B, H, N, D]."""
     batch, length, heads, head_dim = x.shape
     n_blocks = triton.cdiv(length, block)
+    config = _configs(x).pool
     pooled = torch.empty(batch, heads, n_blocks, head_dim, device=x.device, dtype=torch.float32)
     with torch.cuda.device_of(x):
         linear._sla_pool_kernel[(batch * heads * n_blocks,)](
             x, pooled, *x.stride()[:3], heads, batch * heads, length, n_blocks,
-            BLOCK=block, TILE=min(block, POOL.tile), D=head_dim, D_PAD=triton.next_power_of_2(head_dim),
-            num_warps=POOL.warps)
+            BLOCK=block, TILE=min(block, config.tile), D=head_dim, D_PAD=triton.next_power_of_2(head_dim),
+            num_warps=config.warps)
     return pooled
 
 
@@ -40,18 +46,19 @@ def select(pooled_q: torch.Tensor, pooled_k: torch.Tensor, kept: int, protected:
     """The chosen key blocks, int32 [B, H, N_q, kept], ascending; pooled tensors float32 and contiguous."""
     batch, heads, n_rows, head_dim = pooled_q.shape
     heads_k, n_columns = pooled_k.shape[1:3]
+    config = _configs(pooled_q).select
     lists = torch.empty(batch, heads, n_rows, kept, device=pooled_q.device, dtype=torch.int32)
-    tiles_per_pair = triton.cdiv(n_rows, SELECT.rows)
+    tiles_per_pair = triton.cdiv(n_rows, config.rows)
     n_tiles = batch * heads * tiles_per_pair
-    programs = min(n_tiles, SELECT.programs)
+    programs = min(n_tiles, config.programs)
     # Rows on 16-byte boundaries.
     stride = triton.cdiv(n_columns, 4) * 4
-    scratch = torch.empty(programs * SELECT.rows * stride, device=pooled_q.device, dtype=torch.int32)
+    scratch = torch.empty(programs * config.rows * stride, device=pooled_q.device, dtype=torch.int32)
     with torch.cuda.device_of(pooled_q):
         selection._sla_select_kernel[(programs,)](
             pooled_q, pooled_k, scratch, lists, n_rows, n_columns, n_tiles, tiles_per_pair, kept, protected, stride, order,
-            GROUP=heads // heads_k, ROWS=SELECT.rows, COLUMNS=SELECT.columns, STEP=PRODUCT_STEP, SCAN=128, D=head_dim,
-            num_warps=SELECT.warps)
+            GROUP=heads // heads_k, ROWS=config.rows, COLUMNS=config.columns, STEP=config.step, SCAN=config.scan, D=head_dim,
+            num_warps=config.warps)
     return lists
 
 
@@ -88,9 +95,10 @@ def _fold(state: torch.Tensor, mass: torch.Tensor, weight: torch.Tensor | None, 
 def summarize_keys(k: torch.Tensor, v: torch.Tensor, block_k: int, feature_map: str):
     """Pooled keys [B, H_kv, N_k, D], state [B, H_kv, D, D] and mass [B, H_kv, D], float32."""
     batch, length, heads, head_dim = k.shape
+    config = _configs(k).summarize
     n_blocks, d_pad, pairs = triton.cdiv(length, block_k), triton.next_power_of_2(head_dim), batch * heads
     pooled = torch.empty(batch, heads, n_blocks, head_dim, device=k.device, dtype=torch.float32)
-    blocks_per_split = SUMMARIZE.split // block_k
+    blocks_per_split = config.split // block_k
     n_splits = triton.cdiv(n_blocks, blocks_per_split)
     part = torch.empty(pairs, n_splits, d_pad, d_pad, device=k.device, dtype=torch.float32)
     part_mass = torch.empty(pairs, n_splits, d_pad, device=k.device, dtype=torch.float32)
@@ -98,8 +106,8 @@ def summarize_keys(k: torch.Tensor, v: torch.Tensor, block_k: int, feature_map: 
         linear._sla_summarize_kernel[(pairs * n_splits,)](
             k, v, pooled, part, part_mass, *k.stride()[:3], *v.stride()[:3],
             heads, pairs, length, n_blocks, n_splits, blocks_per_split,
-            BLOCK=block_k, TILE=min(block_k, SUMMARIZE.tile), D=head_dim, D_PAD=d_pad, FEATURE_MAP=feature_map,
-            PHI_SCALE=SOFTMAX_SCALE if feature_map == "softmax" else 1, STAGES=SUMMARIZE.stages, num_warps=SUMMARIZE.warps)
+            BLOCK=block_k, TILE=min(block_k, config.tile), D=head_dim, D_PAD=d_pad, FEATURE_MAP=feature_map,
+            PHI_SCALE=SOFTMAX_SCALE if feature_map == "softmax" else 1, STAGES=config.stages, num_warps=config.warps)
         state, mass = _reduce(part, part_mass, pairs, head_dim)
     return pooled, state.view(batch, heads, head_dim, head_dim), mass.view(batch, heads, head_dim)
 
@@ -108,14 +116,15 @@ def add_linear_branch(q, sparse, state, mass, weight, bias, feature_map: str) ->
     """The sparse branch plus the projected linear branch, [B, S_q, H, D] contiguous in the type of q."""
     batch, len_q, heads, head_dim = q.shape
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
-    pairs, tile = batch * heads, FINISH.tile
+    config = _configs(q).finish
+    pairs, tile = batch * heads, config.tile
     with torch.cuda.device_of(q):
         folded = _fold(state, mass, weight, q.dtype)
         linear._sla_finish_kernel[(pairs * triton.cdiv(len_q, tile),)](
             q, sparse, out, folded, mass, mass if bias is None else bias,
             *q.stride()[:3], *sparse.stride()[:3], *out.stride()[:3], heads, pairs, len_q, EPS,
             GROUP=heads // state.shape[1], TILE=tile, D=head_dim, D_PAD=folded.shape[-1], FEATURE_MAP=feature_map,
-            HAS_BIAS=bias is not None, num_warps=FINISH.warps)
+            HAS_BIAS=bias is not None, num_warps=config.warps)
     return out
 
 
@@ -124,9 +133,10 @@ def linear_backward(dout, q, k, v, state, mass, weight, feature_map: str, sparse
     batch, len_q, heads, head_dim = q.shape
     len_k, heads_k = k.shape[1], k.shape[2]
     pairs, pairs_k, d_pad = batch * heads, batch * heads_k, triton.next_power_of_2(head_dim)
+    config, config_kv = _configs(q).backward_q, _configs(q).backward_kv
     dq, dk, dv = sparse_grads
-    tiles_per_split = BACKWARD_Q.split // BACKWARD_Q.tile
-    n_splits = triton.cdiv(triton.cdiv(len_q, BACKWARD_Q.tile), tiles_per_split)
+    tiles_per_split = config.split // config.tile
+    n_splits = triton.cdiv(triton.cdiv(len_q, config.tile), tiles_per_split)
     with torch.cuda.device_of(q):
         folded = _fold(state, mass, weight, q.dtype)
         part = torch.empty(pairs, n_splits, d_pad, d_pad, device=q.device, dtype=torch.float32)
@@ -135,8 +145,8 @@ def linear_backward(dout, q, k, v, state, mass, weight, feature_map: str, sparse
         linear._sla_bwd_q_kernel[(pairs * n_splits,)](
             q, dout, dq, folded, mass, part, part_taken, part_bias,
             *q.stride()[:3], *dout.stride()[:3], *dq.stride()[:3], heads, pairs, len_q, n_splits, tiles_per_split, EPS,
-            GROUP=heads // heads_k, TILE=BACKWARD_Q.tile, D=head_dim, D_PAD=d_pad, FEATURE_MAP=feature_map,
-            STAGES=BACKWARD_Q.stages, num_warps=BACKWARD_Q.warps)
+            GROUP=heads // heads_k, TILE=config.tile, D=head_dim, D_PAD=d_pad, FEATURE_MAP=feature_map,
+            STAGES=config.stages, num_warps=config.warps)
         # The query heads of a key head lie side by side, so their parts are just more parts.
         parts = heads // heads_k * n_splits
         gathered, taken = _reduce(part.view(pairs_k, parts, d_pad, d_pad), part_taken.view(pairs_k, parts, d_pad),
@@ -148,9 +158,9 @@ def linear_backward(dout, q, k, v, state, mass, weight, feature_map: str, sparse
         linear._sla_weight_grad_kernel[(pairs_k, triton.cdiv(head_dim, columns))](
             gathered, state, mass, part_weight,
             COLUMNS=columns, STEP=16, D=head_dim, D_PAD=d_pad, num_warps=4)
-        linear._sla_bwd_kv_kernel[(pairs_k * triton.cdiv(len_k, BACKWARD_K.tile),)](
+        linear._sla_bwd_kv_kernel[(pairs_k * triton.cdiv(len_k, config_kv.tile),)](
             k, v, dk, dv, spread, mass, taken,
             *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], heads_k, pairs_k, len_k,
-            SCALE=SPREAD_SCALE, TILE=BACKWARD_K.tile, D=head_dim, D_PAD=d_pad, FEATURE_MAP=feature_map,
-            num_warps=BACKWARD_K.warps)
+            SCALE=SPREAD_SCALE, TILE=config_kv.tile, D=head_dim, D_PAD=d_pad, FEATURE_MAP=feature_map,
+            num_warps=config_kv.warps)
     return dq, dk, dv, part_weight.sum(0), part_bias.sum(0)
