@@ -19,7 +19,7 @@ import torch
 from peers import DENSE_PEERS
 from peers.sla_main import sla_main
 
-from attnmux.bench import Case, describe_environment, make_clock, measure, measure_workload, refused_rows, write_rows
+from attnmux.bench import describe_environment, make_clock, measure, measure_workload, refused_rows, write_rows
 from attnmux.bench.record import make_row
 from attnmux.testing import measure_error
 from attnmux_blocksparse import block_sparse_attention

@@ -97,7 +97,9 @@ def assert_call_is_right(scenario, tensors, out, grads):
     ]
     worst = errors[0].worst(errors[1]).worst(errors[2])
     size = dout.double().square().mean().sqrt().item() * inputs[2].double().square().mean().sqrt().item()
-    for name, got, want, error in zip("q k v weight bias".split(), grads, exact_grads, [*errors, worst, worst], strict=True):
+    for name, got, want, error in zip(
+        ["q", "k", "v", "weight", "bias"], grads, exact_grads, [*errors, worst, worst], strict=True
+    ):
         if got is not None:
             kind = {"kind": "gradient", "what": f"gradient of {name}", "dtype": scenario.dtype}
             terms = size * scenario.input_scale if name in "qk" else 0.0

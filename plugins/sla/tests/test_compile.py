@@ -74,7 +74,9 @@ def test_timesteps_do_not_recompile():
 def test_a_ratio_schedule_and_other_lengths_recompile_once():
     impl, counter = make_impl(), CompileCounter()
     compiled = torch.compile(impl, fullgraph=True, backend=counter)
-    for step, (ratio, length) in enumerate(((0.9, 700), (0.7, 800), (0.5, 900), (0.4, 1100), (0.35, 1200), (0.3, 1300))):
+    for step, (ratio, length) in enumerate(
+        ((0.9, 700), (0.7, 800), (0.5, 900), (0.4, 1100), (0.35, 1200), (0.3, 1300))
+    ):
         inputs = tensors(length, 2 * length)
         metadata = SLAAttentionMetadata(step, ratio)
         torch.testing.assert_close(compiled(*inputs, metadata), impl(*inputs, metadata))

@@ -62,7 +62,7 @@ class SLAAttentionMetadataBuilder(AttentionMetadataBuilder[SLAAttentionMetadata]
     def prepare(self) -> None:
         """Nothing to reset."""
 
-    def build(  # type: ignore[override]  # the contract names the arguments
+    def build(
         self,
         current_timestep: int = 0,
         topk_ratio: float | None = None,

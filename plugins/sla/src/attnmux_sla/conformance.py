@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -27,7 +27,7 @@ class SLAAttentionConformance(BackendConformance):
     backend = "SLA_ATTN"
     # Several blocks on both sides, the last ones short.
     typical_length = 330
-    deviations = {
+    deviations: ClassVar[Mapping[str, str]] = {
         "test_layer_gives_the_result_of_the_impl[cuda-float16]": "use_bf16=True, the default, computes float16 in bfloat16",
     }
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
 
 from attnmux.errors import UnsupportedRequestError
-from attnmux_blocksparse import BlockIndex, block_sparse_attention
+from attnmux_blocksparse.index import BlockIndex
+from attnmux_blocksparse.ops import block_sparse_attention
 from attnmux_sla import reference
 from attnmux_sla.kernels import ENGINES, HALF_TYPES, choose_engine
 from attnmux_sla.prepare import (
@@ -22,6 +22,9 @@ from attnmux_sla.prepare import (
     count_kept_blocks,
     order_of_scale,
 )
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 __all__ = ["ENGINES", "get_block_map", "mean_pool", "select_blocks", "sparse_linear_attention"]
 
@@ -216,9 +219,7 @@ def _count_kept(topk_ratio: float, length_k: int, block_k: int, protected_tokens
     return count_kept_blocks(topk_ratio, num_key_blocks, protected), protected
 
 
-def _route(
-    router: Router | None, pooled_q: torch.Tensor, pooled_k: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _route(router: Router | None, pooled_q: torch.Tensor, pooled_k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if router is None:
         return pooled_q, pooled_k
     routed_q, routed_k = router(pooled_q, pooled_k)
@@ -263,9 +264,7 @@ def _resolve_scale(softmax_scale: float | None, head_size: int) -> float:
     return float(softmax_scale)
 
 
-def _check(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_q: int, block_k: int, engine: str | None
-) -> None:
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_q: int, block_k: int, engine: str | None) -> None:
     """Refuse tensors that do not fit together, naming the first."""
     if engine is not None and engine not in ENGINES:
         raise UnsupportedRequestError(f"engine={engine!r} is not known; engines are {', '.join(ENGINES)}")

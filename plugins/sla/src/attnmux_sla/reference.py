@@ -88,14 +88,18 @@ def linear_attention(
     heads = [x.flatten(0, 1) for x in (features_q, *(x.repeat_interleave(group, 1) for x in (features_k, values)))]
     sees = visible.expand(q.shape[0], q.shape[2], -1, -1).flatten(0, 1)
     step = max(1, _CHUNK_NUMBERS // ((sees.shape[1] + sees.shape[2]) * q.shape[3] ** 2))
+    recomputes = torch.is_grad_enabled() and step < sees.shape[0]
     chunks = []
     for start in range(0, sees.shape[0], step):
-        rows = slice(start, start + step)
-        arguments = (*(x[rows] for x in heads), sees[rows], block_q, block_k)
-        if torch.is_grad_enabled() and step < sees.shape[0]:
-            chunks.append(checkpoint(_attend_blocks, *arguments, use_reentrant=False, preserve_rng_state=False))
+        part_q, part_k, part_v, part_sees = (x[start : start + step] for x in (*heads, sees))
+        if recomputes:
+            attended: torch.Tensor = checkpoint(
+                _attend_blocks, part_q, part_k, part_v, part_sees, block_q, block_k,
+                use_reentrant=False, preserve_rng_state=False,
+            )  # fmt: skip
         else:
-            chunks.append(_attend_blocks(*arguments))
+            attended = _attend_blocks(part_q, part_k, part_v, part_sees, block_q, block_k)
+        chunks.append(attended)
     return torch.cat(chunks).view(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
 
 
@@ -115,7 +119,7 @@ def _attend_blocks(
     )
     states = features_k.transpose(-1, -2) @ values  # [R, N_k, D, D]
     weights = sees.to(states.dtype)
-    seen_state = (weights @ states.flatten(2)).unflatten(2, (D, D))  # [R, N_q, D, D]
+    seen_state = (weights @ states.flatten(2)).view(R, -1, D, D)  # [R, N_q, D, D]
     seen_mass = (weights @ features_k.sum(2))[:, :, None]  # [R, N_q, 1, D]
     return _divide(features_q @ seen_state, features_q, seen_mass).flatten(1, 2)[:, :S]
 
@@ -186,14 +190,16 @@ def linear_backward(
     dtype, group = compute_dtype(q.dtype), q.shape[2] // k.shape[2]
 
     def sum_groups(x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(1, (-1, group)).sum(2)
+        return x.view(x.shape[0], -1, group, *x.shape[2:]).sum(2)
 
     shares, features_q, denominator = _shares(q, mass, feature_map)
     gradient = dout.to(dtype).transpose(1, 2)
     mass_q = mass.repeat_interleave(group, 1)[:, :, None]
     products = gradient @ _fold(state, mass, weight).repeat_interleave(group, 1).transpose(-1, -2)
     row = (shares * products).sum(-1, keepdim=True)
-    dq = _through_feature_map(mass_q / denominator * (products - row), q.to(dtype).transpose(1, 2), features_q, feature_map)
+    dq = _through_feature_map(
+        mass_q / denominator * (products - row), q.to(dtype).transpose(1, 2), features_q, feature_map
+    )
     gathered = sum_groups(shares.transpose(-1, -2) @ gradient)
     spread = gathered if weight is None else gathered @ weight.to(dtype)
     taken = sum_groups((shares * row).sum(-2))

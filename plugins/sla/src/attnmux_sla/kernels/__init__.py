@@ -32,9 +32,7 @@ def triton_reasons(q: torch.Tensor, k: torch.Tensor, dtypes: tuple[torch.dtype, 
         reasons.append(Reason("architecture", f"compute capability {capability}; at least (8, 0) is needed"))
     if q.dtype not in dtypes:
         supported = ", ".join(map(str, dtypes))
-        reasons.append(
-            Reason("dtype", f"q is {q.dtype}; supported: {supported}", "cast, or use engine='reference'")
-        )
+        reasons.append(Reason("dtype", f"q is {q.dtype}; supported: {supported}", "cast, or use engine='reference'"))
     if head_size % 16 or not 16 <= head_size <= 128:
         reasons.append(
             Reason("head_size", f"head_dim={head_size}; supported: 16 to 128 in steps of 16", "use engine='reference'")
@@ -44,9 +42,7 @@ def triton_reasons(q: torch.Tensor, k: torch.Tensor, dtypes: tuple[torch.dtype, 
     return reasons
 
 
-def choose_engine(
-    name: str, q: torch.Tensor, k: torch.Tensor, dtypes: tuple[torch.dtype, ...] = HALF_TYPES
-) -> str:
+def choose_engine(name: str, q: torch.Tensor, k: torch.Tensor, dtypes: tuple[torch.dtype, ...] = HALF_TYPES) -> str:
     """Return the named engine, or for an empty name the fastest that serves the call; the reference serves everything.
 
     Raises:

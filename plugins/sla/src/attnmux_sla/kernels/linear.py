@@ -16,20 +16,19 @@ from attnmux_blocksparse.kernels.forward import load_tile, store_tile
 
 @triton.jit
 def apply_feature_map(x, D: tl.constexpr, D_PAD: tl.constexpr, FEATURE_MAP: tl.constexpr):
-    """phi of rows x [ROWS, D_PAD] in float32; zeros in the padding of D."""
+    """Phi of rows x [ROWS, D_PAD] in float32; zeros in the padding of D."""
     offs_d = tl.arange(0, D_PAD)
     if FEATURE_MAP == "softmax":
         if D_PAD != D:
             x = tl.where((offs_d < D)[None, :], x, float("-inf"))
         phi = tl.exp(x - tl.max(x, 1)[:, None])
         phi = phi / tl.sum(phi, 1)[:, None]
+    elif FEATURE_MAP == "elu":
+        phi = tl.where(x <= 0, tl.exp(tl.minimum(x, 0.0)), x + 1.0)
     else:
-        if FEATURE_MAP == "elu":
-            phi = tl.where(x <= 0, tl.exp(tl.minimum(x, 0.0)), x + 1.0)
-        else:
-            phi = tl.where(x <= 0, 0.0, x)
-        if D_PAD != D:
-            phi = tl.where((offs_d < D)[None, :], phi, 0.0)
+        phi = tl.where(x <= 0, 0.0, x)
+    if D_PAD != D:
+        phi = tl.where((offs_d < D)[None, :], phi, 0.0)
     return phi
 
 
