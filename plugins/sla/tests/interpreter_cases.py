@@ -36,6 +36,8 @@ CASES = {
     "no_projection": BASE.but(projects=False),
     "several_splits": BASE.but(len_q=1100, len_k=1100, heads=1, heads_k=1),
     "negative_scale": BASE.but(softmax_scale=-0.3),
+    # the features of q and of the few keys hardly overlap, so that the denominator is about eps
+    "small_mass": BASE.but(len_q=64, len_k=2, input_scale=6.0),
     "float16": BASE.but(dtype=torch.float16),
     "float16_large": BASE.but(dtype=torch.float16, input_scale=16.0, len_q=100),
     "float16_elu_large": BASE.but(dtype=torch.float16, input_scale=16.0, feature_map="elu", len_k=100),

@@ -81,6 +81,13 @@ def test_nan_and_infinite_scores_come_first():
     assert (lists == torch.tensor([0, 150, 170], device="cuda")).all()
 
 
+def test_a_negative_score_that_underflows_equals_zero():
+    q, k = torch.zeros(1, 1, 1, 16, device="cuda"), torch.zeros(1, 1, 200, 16, device="cuda")
+    q[..., 0], k[..., :100, 0] = 1e-30, -1e-30
+    lists = torch.ops.attnmux_sla.select(q, k, 150, 0, 1.0, "triton")
+    assert torch.equal(lists.flatten(), torch.arange(150, device="cuda"))
+
+
 def test_long_rows_are_chosen_as_in_float64():
     q, k = (torch.randn(1, 20000, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     ours, exact = select_blocks(q, k), select_blocks(q.double(), k.double(), engine="reference")
