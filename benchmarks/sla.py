@@ -22,7 +22,7 @@ from peers.sla_main import sla_main
 from attnmux.bench import describe_environment, make_clock, measure, measure_workload, refused_rows, write_rows
 from attnmux.bench.record import make_row
 from attnmux.testing import measure_error
-from attnmux_blocksparse import block_sparse_attention
+from attnmux_blocksparse import block_sparse_attention, select_top_blocks
 from attnmux_sla import SLAAttentionImpl, select_blocks
 from attnmux_sla.bench import CASES
 from attnmux_sla.reference import linear_attention
@@ -103,7 +103,7 @@ def timed_rows(case, impl, index, tensors, errors, clock, environment, budget_s)
             yield row(engine, "forward", lambda attend=attend: attend(*inputs))
         leaves = [x.detach().requires_grad_() for x in inputs]
         wanted = [*leaves, *(impl.parameters() if attend is impl else ())]
-        yield row(engine, "forward in training", lambda attend=attend, leaves=leaves: attend(*leaves))
+        yield row(f"{engine}, with autograd", "forward", lambda attend=attend, leaves=leaves: attend(*leaves))
         out = attend(*leaves)
         yield row(
             engine,
@@ -128,7 +128,7 @@ def part_times(case, impl, index, tensors, clock, budget_s):
         "pool q": lambda: launch.pool(q, case.block_q),
         "pool k (not in the module)": lambda: launch.pool(k, case.block_k),
         "summarize k, v": lambda: launch.summarize_keys(k, v, case.block_k, "softmax"),
-        "top-k": lambda: launch.select(pooled_q, pooled_k, kept),
+        "top-k": lambda: select_top_blocks(pooled_q, pooled_k, kept),
         "fold": lambda: launch._fold(state, mass, weight, q.dtype),
         "fold + add linear branch": lambda: launch.add_linear_branch(q, q, state, mass, weight, bias, "softmax"),
         "transpose lists": lambda: torch.ops.attnmux_blocksparse.transpose(

@@ -8,7 +8,6 @@ from attnmux.errors import UnsupportedRequestError
 from attnmux.testing import assert_close_to_oracle, poisoned_memory
 from attnmux.testing.tolerance import ErrorMeasure
 from attnmux_sla import SLAAttentionImpl, SLAAttentionMetadata, get_block_map, select_blocks, sparse_linear_attention
-from attnmux_sla.prepare import top_blocks
 
 pytestmark = pytest.mark.gpu
 
@@ -57,35 +56,6 @@ def test_kernels_agree_with_the_oracle(name):
     with poisoned_memory():
         out, grads = forward_and_backward(tensors[:5], tensors[5], scenario.options)
     assert_call_is_right(scenario, tensors, out, grads)
-
-
-@pytest.mark.parametrize(("n_q", "n_k", "heads_k"), [(1, 1, 1), (33, 500, 4), (17, 1200, 2), (40, 3001, 4)])
-def test_lists_are_exact_with_ties(n_q, n_k, heads_k):
-    # small whole numbers: products and sums are exact in float32, and every row has many equal scores
-    generator = torch.Generator("cuda").manual_seed(n_k)
-    q, k = (
-        torch.randint(-2, 3, (2, heads, n, 128), generator=generator, device="cuda").float()
-        for heads, n in ((4, n_q), (heads_k, n_k))
-    )
-    for kept in sorted({1, max(1, n_k // 10), n_k}):
-        for order in (1.0, -1.0, 0.0):
-            for protected in (0, min(3, kept)):
-                lists = torch.ops.attnmux_sla.select(q, k, kept, protected, order, "triton")
-                assert torch.equal(lists, top_blocks(q, k, kept, protected, order))
-
-
-def test_nan_and_infinite_scores_come_first():
-    q, k = torch.ones(1, 1, 20, 16, device="cuda"), torch.ones(1, 1, 200, 16, device="cuda")
-    k[..., 150, 3], k[..., 170, 2], k[..., 190, 0] = torch.nan, torch.inf, -torch.inf
-    lists = torch.ops.attnmux_sla.select(q, k, 3, 0, 1.0, "triton")
-    assert (lists == torch.tensor([0, 150, 170], device="cuda")).all()
-
-
-def test_a_negative_score_that_underflows_equals_zero():
-    q, k = torch.zeros(1, 1, 1, 16, device="cuda"), torch.zeros(1, 1, 200, 16, device="cuda")
-    q[..., 0], k[..., :100, 0] = 1e-30, -1e-30
-    lists = torch.ops.attnmux_sla.select(q, k, 150, 0, 1.0, "triton")
-    assert torch.equal(lists.flatten(), torch.arange(150, device="cuda"))
 
 
 def test_long_rows_are_chosen_as_in_float64():
@@ -156,7 +126,8 @@ def test_nothing_waits_for_the_device(linear_keys):
 
 
 def test_lengths_and_ratios_compile_no_kernel_again():
-    from attnmux_sla.kernels import linear, select
+    from attnmux_blocksparse.kernels import select
+    from attnmux_sla.kernels import linear
 
     kernels = [x for module in (linear, select) for name, x in vars(module).items() if name.endswith("_kernel")]
 

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from attnmux.errors import UnsupportedRequestError
+from attnmux_blocksparse import select_top_blocks
 from attnmux_sla import TopkRule, get_block_map, mean_pool, select_blocks
-from attnmux_sla.prepare import count_kept_blocks, order_of_scale, pool_blocks, top_blocks
+from attnmux_sla.prepare import count_kept_blocks, order_of_scale, pool_blocks
 
 
 def rows(*shape, seed=0, dtype=torch.float32):
@@ -58,21 +59,21 @@ def test_public_pooling_keeps_the_dtype():
 def test_lists_ascend_and_equal_scores_keep_the_lower_block():
     q, k = torch.ones(1, 1, 2, 4), torch.ones(1, 1, 6, 4)
     k[0, 0, 4] = 2
-    assert top_blocks(q, k, 3).tolist() == [[[[0, 1, 4]] * 2]]
+    assert select_top_blocks(q, k, 3).tolist() == [[[[0, 1, 4]] * 2]]
 
 
 def test_nan_comes_first_and_protected_blocks_before_it():
     q, k = torch.ones(1, 1, 1, 4), torch.ones(1, 1, 6, 4)
     k[0, 0, 5, 0] = torch.nan
-    assert top_blocks(q, k, 2).flatten().tolist() == [0, 5]
-    assert top_blocks(q, k, 2, protected=2).flatten().tolist() == [0, 1]
+    assert select_top_blocks(q, k, 2).flatten().tolist() == [0, 5]
+    assert select_top_blocks(q, k, 2, protected=2).flatten().tolist() == [0, 1]
 
 
 def test_grouped_heads_choose_for_themselves():
     q, k = rows(1, 4, 2, 8), rows(1, 2, 9, 8, seed=1)
     for head in range(4):
-        alone = top_blocks(q[:, head : head + 1], k[:, head // 2 : head // 2 + 1], 3)
-        assert torch.equal(top_blocks(q, k, 3)[:, head : head + 1], alone)
+        alone = select_top_blocks(q[:, head : head + 1], k[:, head // 2 : head // 2 + 1], 3)
+        assert torch.equal(select_top_blocks(q, k, 3)[:, head : head + 1], alone)
 
 
 def test_protected_tokens_stay_chosen():

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from attnmux.errors import UnsupportedRequestError
 from attnmux_blocksparse.index import BlockIndex
-from attnmux_blocksparse.ops import block_sparse_attention
+from attnmux_blocksparse.ops import block_sparse_attention, select_top_blocks
 from attnmux_sla import reference
 from attnmux_sla.kernels import ENGINES, HALF_TYPES, choose_engine
 from attnmux_sla.prepare import (
@@ -116,7 +116,7 @@ def sparse_linear_attention(
             pooled_q, pooled_k = _route(router, pooled_q, pooled_k)
             kept, protected = _count_kept(topk_ratio, k.shape[1], block_k, protected_tokens)
             order = order_of_scale(scale)
-            blocks = torch.ops.attnmux_sla.select(pooled_q, pooled_k, kept, protected, order, chosen)
+            blocks = select_top_blocks(pooled_q, pooled_k, kept, protected=protected, order=order)
         index = _index(blocks, k.shape[1], block_q, block_k)
         if is_fused:
             needs_grad = torch.is_grad_enabled() and any(
@@ -166,7 +166,7 @@ def select_blocks(
         pooled_q, pooled_k = _route(router, pooled_q, pooled_k)
         kept, protected = _count_kept(topk_ratio, k.shape[1], block_k, protected_tokens)
         order = order_of_scale(scale)
-        blocks = torch.ops.attnmux_sla.select(pooled_q, pooled_k, kept, protected, order, engine or "")
+        blocks = select_top_blocks(pooled_q, pooled_k, kept, protected=protected, order=order)
         return _index(blocks, k.shape[1], block_q, block_k)
 
 
@@ -250,7 +250,7 @@ def _visible_blocks(
     visible.scatter_(-1, blocks.long(), False)
     negligible = int(negligible_ratio * num_key_blocks + 1e-6)
     if linear_keys == "marginal" and negligible:
-        lowest = torch.ops.attnmux_sla.select(pooled_q, pooled_k, negligible, 0, -order, engine)
+        lowest = select_top_blocks(pooled_q, pooled_k, negligible, order=-order)
         visible.scatter_(-1, lowest.long(), False)
     return visible
 
@@ -371,22 +371,6 @@ def _(
         k.new_empty(B, H, D, D, dtype=dtype),
         k.new_empty(B, H, D, dtype=dtype),
     )
-
-
-@torch.library.custom_op("attnmux_sla::select", mutates_args=())
-def _select_op(
-    pooled_q: torch.Tensor, pooled_k: torch.Tensor, kept: int, protected: int, order: float, engine: str
-) -> torch.Tensor:
-    module = _engine(engine, pooled_q, pooled_k, (torch.float32,))
-    blocks: torch.Tensor = module.select(pooled_q, pooled_k, kept, protected, order)
-    return blocks
-
-
-@_select_op.register_fake
-def _(
-    pooled_q: torch.Tensor, pooled_k: torch.Tensor, kept: int, protected: int, order: float, engine: str
-) -> torch.Tensor:
-    return pooled_q.new_empty(*pooled_q.shape[:3], kept, dtype=torch.int32)
 
 
 @torch.library.custom_op("attnmux_sla::attend", mutates_args=())

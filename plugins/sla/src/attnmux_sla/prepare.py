@@ -19,7 +19,6 @@ __all__ = [
     "count_kept_blocks",
     "order_of_scale",
     "pool_blocks",
-    "top_blocks",
 ]
 
 EPS = 1e-5
@@ -120,29 +119,3 @@ def pool_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
     sizes = (S - block * torch.arange(num_blocks, device=x.device)).clamp(max=block)
     sums = padded.view(B, num_blocks, block, H, D).sum(2).transpose(1, 2).contiguous()
     return sums / sizes[:, None]
-
-
-def top_blocks(
-    pooled_q: torch.Tensor, pooled_k: torch.Tensor, kept: int, protected: int = 0, order: float = 1.0
-) -> torch.Tensor:
-    """Choose the key blocks of highest score for every query block.
-
-    Args:
-        pooled_q: `[B, H, N_q, D]`.
-        pooled_k: `[B, H_kv, N_k, D]`, the dtype and device of `pooled_q`.
-        kept: Blocks to choose, exactly, in [1, N_k].
-        protected: Leading key blocks that come before all others, in [0, kept].
-        order: 1 prefers the highest products, -1 the lowest, 0 the lowest block numbers.
-
-    Returns:
-        int32 `[B, H, N_q, kept]`, ascending. At equal scores the lower block number is chosen. NaN counts as the highest
-        score: a block with a NaN is attended, so that it shows in the output.
-    """
-    keys = pooled_k.repeat_interleave(pooled_q.shape[1] // pooled_k.shape[1], dim=1)
-    scores = (pooled_q.detach() * order) @ keys.detach().transpose(-1, -2)
-    if protected:
-        # NaN sorts above infinity, and the lower index comes first among NaN
-        scores[..., :protected] = torch.nan
-    # a stable sort keeps equal scores in the order of their index, which torch.topk does not promise
-    best_first = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    return best_first[..., :kept].sort(dim=-1).values.to(torch.int32)

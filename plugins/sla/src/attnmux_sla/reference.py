@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from attnmux_sla.prepare import EPS, compute_dtype, count_blocks, pool_blocks, top_blocks
+from attnmux_sla.prepare import EPS, compute_dtype, count_blocks, pool_blocks
 
 __all__ = [
     "add_linear_branch",
@@ -29,7 +29,6 @@ __all__ = [
     "linear_attention",
     "linear_backward",
     "pool",
-    "select",
     "summarize_keys",
 ]
 
@@ -37,7 +36,6 @@ __all__ = [
 _CHUNK_NUMBERS = 2**26
 
 pool = pool_blocks
-select = top_blocks
 
 
 def apply_feature_map(x: torch.Tensor, feature_map: str) -> torch.Tensor:

@@ -18,22 +18,6 @@ class StreamConfig:
 
 
 @dataclass(frozen=True)
-class SelectConfig:
-    """Scores and top-k.
-
-    rows: query blocks of a program. columns: key blocks per step of the scores. step: channels per product. scan: key blocks
-    per step of the search. programs: at most.
-    """
-
-    rows: int
-    columns: int
-    step: int
-    scan: int
-    warps: int
-    programs: int
-
-
-@dataclass(frozen=True)
 class Configs:
     """All kernels of the engine on one kind of card."""
 
@@ -42,25 +26,22 @@ class Configs:
     finish: StreamConfig
     backward_q: StreamConfig
     backward_kv: StreamConfig
-    select: SelectConfig
 
 
 _LARGE_MEMORY = Configs(
     pool=StreamConfig(tile=64, warps=4),
-    summarize=StreamConfig(tile=64, warps=8, stages=2),
-    finish=StreamConfig(tile=128, warps=8),
+    summarize=StreamConfig(tile=64, warps=8, stages=3),
+    finish=StreamConfig(tile=64, warps=4),
     backward_q=StreamConfig(tile=64, warps=8, stages=2),
-    backward_kv=StreamConfig(tile=64, warps=8),
-    select=SelectConfig(rows=16, columns=64, step=32, scan=128, warps=4, programs=528),
+    backward_kv=StreamConfig(tile=32, warps=4),
 )
 # Under 100 KB of shared memory.
 _SMALL_MEMORY = Configs(
     pool=_LARGE_MEMORY.pool,
     summarize=StreamConfig(tile=64, warps=8),
-    finish=StreamConfig(tile=64, warps=4),
+    finish=_LARGE_MEMORY.finish,
     backward_q=StreamConfig(tile=32, warps=8),
-    backward_kv=StreamConfig(tile=32, warps=4),
-    select=_LARGE_MEMORY.select,
+    backward_kv=_LARGE_MEMORY.backward_kv,
 )
 
 

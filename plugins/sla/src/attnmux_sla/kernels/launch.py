@@ -9,7 +9,6 @@ import torch
 import triton
 
 from attnmux_sla.kernels import linear
-from attnmux_sla.kernels import select as selection
 from attnmux_sla.kernels.configs import Configs, kernel_configs
 from attnmux_sla.prepare import EPS
 
@@ -18,7 +17,7 @@ SOFTMAX_SCALE = 256
 # Likewise phi(k) / z, whose mean over the sequence is the inverse of its length, against sums over all queries.
 SPREAD_SCALE = 256
 # Rows of a state per program, and partial states loaded at once, where states are added up.
-REDUCE_ROWS, REDUCE_PARTS = 8, 8
+REDUCE_ROWS, REDUCE_PARTS = 2, 16
 # Rows, and channels per step, of a product in float32.
 PROJECT_ROWS, PRODUCT_STEP = 16, 32
 
@@ -40,26 +39,6 @@ def pool(x: torch.Tensor, block: int) -> torch.Tensor:
             BLOCK=block, TILE=min(block, config.tile), D=head_dim, D_PAD=triton.next_power_of_2(head_dim),
             num_warps=config.warps)
     return pooled
-
-
-def select(pooled_q: torch.Tensor, pooled_k: torch.Tensor, kept: int, protected: int = 0, order: float = 1.0) -> torch.Tensor:
-    """The chosen key blocks, int32 [B, H, N_q, kept], ascending; pooled tensors float32 and contiguous."""
-    batch, heads, n_rows, head_dim = pooled_q.shape
-    heads_k, n_columns = pooled_k.shape[1:3]
-    config = _configs(pooled_q).select
-    lists = torch.empty(batch, heads, n_rows, kept, device=pooled_q.device, dtype=torch.int32)
-    tiles_per_pair = triton.cdiv(n_rows, config.rows)
-    n_tiles = batch * heads * tiles_per_pair
-    programs = min(n_tiles, config.programs)
-    # Rows on 16-byte boundaries.
-    stride = triton.cdiv(n_columns, 4) * 4
-    scratch = torch.empty(programs * config.rows * stride, device=pooled_q.device, dtype=torch.int32)
-    with torch.cuda.device_of(pooled_q):
-        selection._sla_select_kernel[(programs,)](
-            pooled_q, pooled_k, scratch, lists, n_rows, n_columns, n_tiles, tiles_per_pair, kept, protected, stride, order,
-            GROUP=heads // heads_k, ROWS=config.rows, COLUMNS=config.columns, STEP=config.step, SCAN=config.scan, D=head_dim,
-            num_warps=config.warps)
-    return lists
 
 
 def _reduce(part: torch.Tensor, part_mass: torch.Tensor, pairs: int, head_dim: int):
