@@ -98,8 +98,9 @@ def select_top_blocks(
     Raises:
         UnsupportedRequestError: shapes, types, devices or numbers that do not fit.
 
-    Numerics: products and sums in the type of pooled_q. On a GPU float32 scores of up to 4,096 key blocks never lie in
-    memory all at once; otherwise those of a few heads do.
+    Numerics: products and sums in float32 (float64 for float64). The GPU's float32 products are made of six products of
+    bfloat16 parts, which agree with plain ones to a few units in the last place; an infinity counts as NaN there. The scores
+    of a few heads lie in memory at a time.
     """
     if pooled_q.dim() != 4 or pooled_k.dim() != 4 or pooled_q.dtype not in (torch.float32, torch.float64):
         raise UnsupportedRequestError(

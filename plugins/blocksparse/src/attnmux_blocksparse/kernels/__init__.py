@@ -56,12 +56,20 @@ def device_capability(x: torch.Tensor) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(x.device)
 
 
+def _launches_on(device: int | None) -> bool:
+    if find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= TRITON_MINIMUM
+
+
+# Asked while torch.compile traces too, for which the search for packages is no graph. This is what
+# torch.compiler.assume_constant_result sets; the decorator itself would import triton.
+_launches_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def can_launch(x: torch.Tensor) -> bool:
     """Whether Triton kernels run where x is."""
-    if not x.is_cuda or find_spec("triton") is None:
-        return False
-    capability = device_capability(x)
-    return capability is not None and capability >= TRITON_MINIMUM
+    return x.is_cuda and _launches_on(x.device.index)
 
 
 def reference_reasons(request: KernelRequest) -> list[Reason]:
