@@ -29,9 +29,9 @@ class Configs:
 
 
 _LARGE_MEMORY = Configs(
-    pool=StreamConfig(tile=64, warps=4),
+    pool=StreamConfig(tile=64, warps=2),
     summarize=StreamConfig(tile=64, warps=8, stages=3),
-    finish=StreamConfig(tile=64, warps=4),
+    finish=StreamConfig(tile=32, warps=4),
     backward_q=StreamConfig(tile=64, warps=8, stages=2),
     backward_kv=StreamConfig(tile=32, warps=4),
 )
