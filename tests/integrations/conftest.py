@@ -23,6 +23,15 @@ class TinyModel:
         times = torch.full((latents.shape[0],), float(timestep))
         return self.model(hidden_states=latents, timestep=times, **self.arguments, return_dict=False)[0]
 
+    def double(self):
+        """Go over to float64, the oracle's precision."""
+        self.model.double()
+        self.latents = self.latents.double()
+        self.arguments = {
+            name: value.double() if value.is_floating_point() else value for name, value in self.arguments.items()
+        }
+        return self
+
 
 def _normal(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))

@@ -168,7 +168,8 @@ def make_processor(
             f"{type(original).__name__} attends neither through dispatch_attention_fn nor through "
             "F.scaled_dot_product_attention, so that its attention cannot be replaced"
         )
-    return _processor_class(type(original))(original, layers, order, gate)
+    cls: Any = type(original)
+    return _processor_class(cls)(original, layers, order, gate)
 
 
 @functools.cache
