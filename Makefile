@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-PACKAGES := $(wildcard plugins/*) examples/third_party_backend
+PACKAGES := $(wildcard plugins/*) $(patsubst %/pyproject.toml,%,$(wildcard examples/*/pyproject.toml))
 SOURCES := core/pyproject.toml $(addsuffix /pyproject.toml,$(PACKAGES)) Makefile
 
 .PHONY: demo test check build clean
