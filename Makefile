@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-PACKAGES := $(wildcard plugins/*) $(patsubst %/pyproject.toml,%,$(wildcard examples/*/pyproject.toml))
+PACKAGES := $(wildcard plugins/*) examples/third_party_backend
 SOURCES := core/pyproject.toml $(addsuffix /pyproject.toml,$(PACKAGES)) Makefile
 
 .PHONY: demo test check build clean
@@ -26,7 +26,7 @@ $(VENV)/.ready: $(SOURCES)
 	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 10) else 'attnmux needs Python >= 3.10, this is ' + sys.version)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e "core[demo,dev,integrations,test]" $(patsubst %,-e '%[test]',$(PACKAGES))
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e "core[demo,dev,docs,integrations,test]" $(patsubst %,-e '%[test]',$(PACKAGES))
 	touch $@
 
 clean:

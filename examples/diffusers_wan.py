@@ -28,25 +28,33 @@ OPTIONS = {
     "RADIAL_ATTN": {"metadata": {"width": 0.5}},
 }
 CHANNELS = 16
+SCALE = 2.0  # makes latents of about unit variance
+NOISE = 0.2  # share of noise at the first step
 FRAMES, SIDE = 4, 8  # pixels of one latent along time, and along rows and columns
 
 
 def projection() -> torch.Tensor:
-    """Return the fixed map [3 * SIDE * SIDE, CHANNELS] from pixels to latents, orthonormal columns."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.linalg.qr(torch.randn(3 * SIDE * SIDE, CHANNELS, generator=generator))[0]
+    """Return the fixed map [3 * SIDE * SIDE, CHANNELS] from pixels to latents: low cosine frequencies, orthonormal columns."""
+    wave = torch.cos(torch.pi / SIDE * (torch.arange(SIDE) + 0.5)[:, None] * torch.arange(3))
+    wave = wave / wave.norm(dim=0)
+    frequencies = [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2)]
+    planes = torch.stack([torch.outer(wave[:, row], wave[:, column]).flatten() for row, column in frequencies], 1)
+    basis = torch.block_diag(planes, planes, planes)
+    # one more for brightness: the sixth frequency, the same in all colours
+    last = torch.outer(wave[:, 2], wave[:, 0]).flatten().repeat(3) / 3**0.5
+    return torch.cat([basis, last[:, None]], 1)
 
 
 def encode(pixels: torch.Tensor) -> torch.Tensor:
     """Return latents [1, CHANNELS, T / FRAMES, H / SIDE, W / SIDE] of pixels [T, 3, H, W] in [0, 1]."""
     means = pixels.unflatten(0, (-1, FRAMES)).mean(1) - 0.5
     patches = means.unflatten(2, (-1, SIDE)).unflatten(4, (-1, SIDE)).permute(0, 2, 4, 1, 3, 5).flatten(3)
-    return (patches @ projection()).permute(3, 0, 1, 2)[None]
+    return (patches @ projection()).permute(3, 0, 1, 2)[None] / SCALE
 
 
 def decode(latents: torch.Tensor) -> torch.Tensor:
     """Return the middle frame [H, W, 3] that latents stand for, as far as the projection kept it."""
-    middle = latents[0, :, latents.shape[2] // 2].float().cpu().permute(1, 2, 0) @ projection().T
+    middle = latents[0, :, latents.shape[2] // 2].float().cpu().permute(1, 2, 0) @ projection().T * SCALE
     patches = middle.unflatten(-1, (3, SIDE, SIDE)).permute(0, 3, 1, 4, 2)
     return (patches.flatten(2, 3).flatten(0, 1) + 0.5).clamp(0, 1)
 
@@ -73,8 +81,8 @@ def denoise(model: torch.nn.Module, noisy: torch.Tensor, steps: int, handle=None
     """Return the latents after the steps, and the seconds of the fastest one."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(steps)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=torch.linspace(NOISE, NOISE / steps, steps).tolist())
     text = torch.zeros(1, 16, 64, device=noisy.device, dtype=noisy.dtype)
     latents, seconds = noisy.clone(), []
     for step, timestep in enumerate(scheduler.timesteps):
@@ -92,13 +100,15 @@ def denoise(model: torch.nn.Module, noisy: torch.Tensor, steps: int, handle=None
 def draw(frames: dict[str, torch.Tensor], own: torch.Tensor, path: Path) -> None:
     from matplotlib.figure import Figure
 
+    differences = {name: (frame - own).abs().mean(-1) for name, frame in frames.items()}
+    largest = max(max(float(difference.max()) for difference in differences.values()), 1e-6)
     figure = Figure(figsize=(4 * len(frames), 5.2), layout="constrained")
     axes = figure.subplots(2, len(frames), squeeze=False)
     for column, (name, frame) in enumerate(frames.items()):
         axes[0][column].imshow(frame)
         axes[0][column].set_title(name)
-        axes[1][column].imshow((frame - own).abs().mean(-1), cmap="magma", vmin=0, vmax=0.1)
-        axes[1][column].set_title("difference from the model's own, 0 to 0.1", fontsize=9)
+        axes[1][column].imshow(differences[name], cmap="magma", vmin=0, vmax=largest)
+        axes[1][column].set_title(f"difference from the model's own, 0 to {largest:.1g}", fontsize=9)
     for axis in axes.flat:
         axis.axis("off")
     figure.savefig(path, dpi=90)
@@ -124,7 +134,7 @@ def main(words: list[str] | None = None) -> int:
 
     pixels = read_clip(default_clip(), frames=arguments.frames, height=arguments.height, width=arguments.width)
     clean = encode(pixels).to(arguments.device, getattr(torch, arguments.dtype))
-    noisy = 0.3 * clean + 0.7 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1)).to(clean)
+    noisy = (1 - NOISE) * clean + NOISE * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1)).to(clean)
     model = make_model(arguments)
     tokens = clean[0, 0].numel() // 4
     print(

@@ -149,7 +149,8 @@ def test_example_method_is_found_and_checked_from_its_wheel(with_third_party, me
     with_third_party.install(f"attnmux-{method}")
     name = f"{method.upper()}_ATTN"
     assert with_third_party.backends()[name]["status"] == "available"
-    with_third_party.attnmux("check", name, "--device", "cpu")
+    # the conformance suite is among them
+    assert " passed" in with_third_party.pytest(f"examples/{method}/tests")
 
 
 @pytest.mark.parametrize("method", ["nabla", "radial"])
