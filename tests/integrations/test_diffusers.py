@@ -1,11 +1,14 @@
 """Backends of attnmux in models of diffusers, against the models' own attention."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.models import attention_dispatch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import Attention
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from attnmux import ForwardContextError, UnsupportedRequestError, get_forward_context, set_forward_context, use_backend
@@ -387,3 +390,69 @@ def test_dispatchers_own_name(make):
 def test_dispatcher_takes_no_backend_that_needs_more_than_tensors():
     with pytest.raises(UnsupportedRequestError, match="needs metadata of every forward pass"):
         register_backend("VIDEO_SPARSE_ATTN")
+
+
+@torch.no_grad()
+def test_copy_of_a_model_works_on_its_own(make):
+    tiny = make()
+    with apply(tiny.model, **SPARSE_VSA):
+        expected = tiny()
+        copied = copy.deepcopy(tiny)
+    own = tiny()
+    assert torch.equal(copied(), expected)
+    assert not torch.equal(expected, own)
+
+
+@torch.no_grad()
+def test_threads_are_in_phases_of_their_own(make):
+    tiny = make()
+    schedule = Schedule(default="VIDEO_SPARSE_ATTN", rules=(Rule("TORCH_SDPA", steps=(0, 1)),))
+    with apply(tiny.model, schedule=schedule, metadata=SPARSE_VSA["metadata"]):
+        expected = []
+        for step in (0, 1):
+            with set_forward_context(current_timestep=step):
+                expected.append(tiny())
+
+        def run(step):
+            torch.set_grad_enabled(False)
+            with set_forward_context(current_timestep=step):
+                return torch.equal(tiny(), expected[step])
+
+        with ThreadPoolExecutor(2) as pool:
+            assert all(pool.map(run, [0, 1] * 6))
+    assert not torch.equal(*expected)
+
+
+class GroupedProcessor:
+    """Somebody's own processor: half as many key heads, and the dispatcher told so."""
+
+    _attention_backend = None
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        query, key, value = (
+            layer(hidden_states).unflatten(-1, (-1, 64)) for layer in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        out = dispatch_attention_fn(query, key, value, attention_mask, enable_gqa=True, backend=self._attention_backend)
+        return attn.to_out[0](out.flatten(2))
+
+
+@torch.no_grad()
+def test_grouped_heads_of_a_foreign_processor_are_passed():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(
+                [Attention(32, heads=4, kv_heads=2, dim_head=64, processor=GroupedProcessor())]
+            )
+
+        def forward(self, hidden_states):
+            return self.blocks[0](hidden_states)
+
+    model, tokens = Model(), torch.randn(1, 9, 32)
+    own = model(tokens)
+    with apply(model, "TORCH_SDPA"):
+        layer = model.blocks[0].processor.attention["TORCH_SDPA"]
+        assert (layer.num_heads, layer.num_kv_heads) == (4, 2)
+        assert torch.equal(model(tokens), own)
+    with pytest.raises(UnsupportedRequestError, match="4 query heads over 2 key heads"):
+        apply(model, "WINDOW_ATTN")

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from attnmux import UnsupportedRequestError
+from attnmux import BackendSpec, Capabilities, UnsupportedRequestError
+from attnmux.backends.sdpa import SDPAImpl
 from attnmux.integrations.transformers import register
+from attnmux.schedule import Rule, Schedule
+from attnmux.testing import installed, make_backend
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM  # noqa: E402
@@ -87,3 +90,37 @@ def test_dropout_and_unknown_arguments_are_refused(name):
         attend(torch.nn.Module(), q, k, v, None, dropout=0.1)
     with pytest.raises(UnsupportedRequestError, match="does not serve softcap"):
         attend(torch.nn.Module(), q, k, v, None, softcap=30.0)
+
+
+@torch.no_grad()
+def test_schedule_by_layer_reaches_each_layer():
+    capabilities = Capabilities(
+        dtypes={"float32"}, head_sizes={64}, devices={"cpu"}, masks={"bool"}, causal=True, gqa=True, exactness="exact"
+    )
+    spec = BackendSpec("COUNTED_ATTN", target="made:Backend", capabilities=capabilities)
+    calls = []
+
+    class Counted(SDPAImpl):
+        def forward(self, *tensors, **options):
+            calls.append(self)
+            return super().forward(*tensors, **options)
+
+    with installed(spec, make_backend("COUNTED_ATTN", Counted)):
+        schedule = Schedule(default="TORCH_SDPA", rules=(Rule("COUNTED_ATTN", layers=(-1, None)),))
+        register(schedule, "by_layer")
+        ours, theirs = (llama(kind)(input_ids=tokens()["input_ids"]).logits for kind in ("by_layer", "sdpa"))
+    assert torch.equal(ours, theirs)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("schedule", "text"),
+    [
+        (Schedule(default="TORCH_SDPA", rules=(Rule("TORCH_SDPA", steps=(0, 2)),)), "names a default and no steps"),
+        (Schedule(), "names a default and no steps"),
+        (Schedule(default="TORCH_SDPA"), "give name="),
+    ],
+)
+def test_schedules_that_make_no_sense_there_are_refused(schedule, text):
+    with pytest.raises(UnsupportedRequestError, match=text):
+        register(schedule)

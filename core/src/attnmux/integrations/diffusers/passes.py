@@ -68,6 +68,16 @@ class _InPass:
             self._state.leave(entered)
 
 
+class _Running(threading.local):
+    """The passes of this thread that have begun and not ended; here and not in `ModelPasses`, which may be copied."""
+
+    def __init__(self) -> None:
+        self.stacks: dict[int, list[Any]] = {}
+
+
+_running = _Running()
+
+
 class ModelPasses:
     """Hooks on a model's forward.
 
@@ -95,7 +105,6 @@ class ModelPasses:
         self._edges = list(edges)
         self._grid = grid
         self._builders = [self._builder(wanting, metadata) for wanting in backends]
-        self._local = threading.local()
         self._checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -158,20 +167,19 @@ class ModelPasses:
         self._stack().append((state.enter(), wrapped))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        stack = self._stack()
+        stack = _running.stacks.get(id(self))
         if not stack:
             # the pre-hook raised
             return
         entered, wrapped = stack.pop()
+        if not stack:
+            del _running.stacks[id(self)]
         for holder, inner in wrapped:
             holder._gradient_checkpointing_func = inner
         PassState.leave(entered)
 
     def _stack(self) -> list[Any]:
-        if not hasattr(self._local, "stack"):
-            self._local.stack = []
-        stack: list[Any] = self._local.stack
-        return stack
+        return _running.stacks.setdefault(id(self), [])
 
     def _step(self) -> tuple[int | None, AttentionMetadata | None]:
         """Return the step and the metadata that the caller's own context gives; else the handle's step."""
