@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from attnmux import ForwardContextError, UnsupportedRequestError, get_forward_context, set_forward_context, use_backend
 from attnmux.integrations.diffusers import Rule, Schedule, apply, register_backend, unregister_backend
+from attnmux.integrations.diffusers.redirect import active
 from attnmux.testing import assert_close_to_oracle
 
 DENSE_VSA = {"backend": "VIDEO_SPARSE_ATTN", "metadata": {"VSA_sparsity": 0.0}}
@@ -116,6 +117,7 @@ def test_nothing_leaks_into_diffusers_or_another_model(make):
     assert torch.nn.functional.scaled_dot_product_attention is torchs
     with pytest.raises(ForwardContextError):
         get_forward_context()
+    assert (active.processor, active.gate) == (None, None)
 
 
 @torch.no_grad()
@@ -283,6 +285,7 @@ def test_checkpointed_blocks_are_recomputed_with_their_own_metadata(make):
     with apply(tiny.model, **SPARSE_VSA):
         expected = gradients(tiny)
         tiny.model.enable_gradient_checkpointing()
+        function = tiny.model._gradient_checkpointing_func
         assert all(torch.equal(value, expected[name]) for name, value in gradients(tiny).items())
         # a forward on another grid comes before the backward
         tiny.model.zero_grad()
@@ -292,7 +295,7 @@ def test_checkpointed_blocks_are_recomputed_with_their_own_metadata(make):
         assert all(
             torch.equal(p.grad, expected[name]) for name, p in tiny.model.named_parameters() if p.grad is not None
         )
-        loss = None
+        assert tiny.model._gradient_checkpointing_func is function
 
 
 STEPWISE = Schedule(
@@ -424,31 +427,34 @@ def test_threads_are_in_phases_of_their_own(make):
 
 
 class GroupedProcessor:
-    """Somebody's own processor: half as many key heads, and the dispatcher told so."""
+    """Somebody's own processor: half as many key heads, a scale of its own, and the dispatcher told so."""
 
     _attention_backend = None
+    scale = None
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
         query, key, value = (
             layer(hidden_states).unflatten(-1, (-1, 64)) for layer in (attn.to_q, attn.to_k, attn.to_v)
         )
-        out = dispatch_attention_fn(query, key, value, attention_mask, enable_gqa=True, backend=self._attention_backend)
+        out = dispatch_attention_fn(
+            query, key, value, attention_mask, scale=self.scale, enable_gqa=True, backend=self._attention_backend
+        )
         return attn.to_out[0](out.flatten(2))
+
+
+class GroupedModel(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        attention = Attention(32, heads=4, kv_heads=2, dim_head=64, processor=GroupedProcessor())
+        self.blocks = torch.nn.ModuleList([attention])
+
+    def forward(self, hidden_states):
+        return self.blocks[0](hidden_states)
 
 
 @torch.no_grad()
 def test_grouped_heads_of_a_foreign_processor_are_passed():
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = torch.nn.ModuleList(
-                [Attention(32, heads=4, kv_heads=2, dim_head=64, processor=GroupedProcessor())]
-            )
-
-        def forward(self, hidden_states):
-            return self.blocks[0](hidden_states)
-
-    model, tokens = Model(), torch.randn(1, 9, 32)
+    model, tokens = GroupedModel(), torch.randn(1, 9, 32)
     own = model(tokens)
     with apply(model, "TORCH_SDPA"):
         layer = model.blocks[0].processor.attention["TORCH_SDPA"]
@@ -456,3 +462,14 @@ def test_grouped_heads_of_a_foreign_processor_are_passed():
         assert torch.equal(model(tokens), own)
     with pytest.raises(UnsupportedRequestError, match="4 query heads over 2 key heads"):
         apply(model, "WINDOW_ATTN")
+
+
+@torch.no_grad()
+def test_scale_of_a_foreign_processor_is_passed_or_refused():
+    model, tokens = GroupedModel(), torch.randn(1, 9, 32)
+    model.blocks[0].processor.scale = 0.3
+    own = model(tokens)
+    with apply(model, "TORCH_SDPA", softmax_scale=0.3):
+        assert torch.equal(model(tokens), own)
+    with apply(model, "TORCH_SDPA"), pytest.raises(UnsupportedRequestError, match="scale=0.3"):
+        model(tokens)

@@ -147,11 +147,21 @@ def test_wrong_checkpoints_are_refused_and_change_nothing(make, tmp_path):
     assert GATE not in tiny.model.state_dict()
 
 
-def test_gate_is_for_self_attention_only_and_in_the_models_dtype(make):
+def test_gate_is_in_the_models_dtype(make):
     tiny = make()
     tiny.model.to(torch.bfloat16)
     with apply(tiny.model, **VSA):
         assert {p.dtype for name, p in tiny.model.named_parameters() if "to_gate_compress" in name} == {torch.bfloat16}
+
+
+def test_gate_is_for_self_attention_only(make):
+    capabilities = Capabilities(
+        dtypes={"float32"}, head_sizes={64}, devices={"cpu"}, cross_attention=True, extra_inputs={"gate_compress"}
+    )
+    spec = BackendSpec("GATED_ATTN", target="made:Backend", capabilities=capabilities)
+    tiny = make()
+    with installed(spec, make_backend("GATED_ATTN")), apply(tiny.model, "GATED_ATTN", modules="all") as handle:
+        assert {name.split(".")[2] for name in handle.initialised} == {"attn1"}
 
 
 def test_saved_file_holds_the_models_own_parameters_too(make, tmp_path):

@@ -124,3 +124,11 @@ def test_schedule_by_layer_reaches_each_layer():
 def test_schedules_that_make_no_sense_there_are_refused(schedule, text):
     with pytest.raises(UnsupportedRequestError, match=text):
         register(schedule)
+
+
+def test_scale_is_passed(name):
+    q, k, v = torch.randn(3, 1, 2, 5, 64)
+    ours, weights = AttentionInterface()[name](torch.nn.Module(), q, k, v, None, scaling=0.5, is_causal=False)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.5)
+    assert torch.equal(ours, expected.transpose(1, 2))
+    assert weights is None
