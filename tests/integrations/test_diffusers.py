@@ -279,6 +279,22 @@ def test_blocks_compile_once_as_one_graph(make, compiled_afresh):
         assert counter.frame_count == 1
 
 
+@torch.no_grad()
+def test_whole_model_compiles_where_no_metadata_are_needed_and_is_refused_where_they_are(make, compiled_afresh):
+    tiny = make()
+    own = tiny()
+    with apply(tiny.model, "TORCH_SDPA", modules="all"):
+        assert not tiny.model._forward_pre_hooks
+        compiled = torch.compile(tiny.model, backend="eager")
+        times = torch.full((1,), 500.0)
+        assert torch.equal(compiled(tiny.latents, times, **tiny.arguments, return_dict=False)[0], own)
+    torch._dynamo.reset()
+    with apply(tiny.model, **SPARSE_VSA):
+        compiled = torch.compile(tiny.model, backend="eager")
+        with pytest.raises(UnsupportedRequestError, match="compile the model block by block"):
+            compiled(tiny.latents, times, **tiny.arguments)
+
+
 def test_checkpointed_blocks_are_recomputed_with_their_own_metadata(make):
     tiny = make()
     tiny.model.train()

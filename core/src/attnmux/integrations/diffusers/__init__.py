@@ -11,7 +11,7 @@ Every processor keeps its own mathematics; only the attention inside is replaced
 models are not touched. `register_backend` is the other way: a name for diffusers' own dispatcher, where that is enough.
 """
 
-from attnmux.integrations.diffusers.apply import Applied, Replacement, apply
+from attnmux.integrations.diffusers.applied import Applied, Replacement, apply
 from attnmux.integrations.diffusers.dispatcher import register_backend, unregister_backend
 from attnmux.schedule import Rule, Schedule
 

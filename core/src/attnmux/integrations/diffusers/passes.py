@@ -106,10 +106,13 @@ class ModelPasses:
         self._grid = grid
         self._builders = [self._builder(wanting, metadata) for wanting in backends]
         self._checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-        self._handles = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, always_call=True),
-        ]
+        self._handles: list[Any] = []
+        # where nothing changes from pass to pass the model stays free of hooks, and compiles as a whole
+        if len(self._edges) > 1 or any(self._builders):
+            self._handles = [
+                model.register_forward_pre_hook(self._before, with_kwargs=True),
+                model.register_forward_hook(self._after, always_call=True),
+            ]
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -144,6 +147,11 @@ class ModelPasses:
         return None
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            raise UnsupportedRequestError(
+                "the metadata of a forward pass are made on the host, outside of compiled code: compile the model block by "
+                "block, model.compile_repeated_blocks(fullgraph=True)"
+            )
         step, given = self._step()
         index = bisect.bisect_right(self._edges, step or 0) - 1
         if step is None and len(self._edges) > 1:
