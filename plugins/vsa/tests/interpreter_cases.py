@@ -47,8 +47,7 @@ def test_padding_of_tiles_is_zero_and_counts_in_no_mean():
 
 
 @pytest.mark.parametrize(("n_tiles", "heads", "heads_k"), [(1, 1, 1), (33, 2, 1), (70, 2, 2)])
-def test_coarse_attention_and_its_gradients(n_tiles, heads, heads_k, monkeypatch):
-    monkeypatch.setattr(coarse, "CHUNK_NUMBERS", n_tiles**2)
+def test_coarse_attention_and_its_gradients(n_tiles, heads, heads_k):
     shape = (2, heads_k, n_tiles, 16)
     q, k, v = torch.randn(2, heads, n_tiles, 16), torch.randn(shape), torch.randn(shape)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
