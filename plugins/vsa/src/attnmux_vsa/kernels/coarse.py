@@ -88,7 +88,7 @@ def _vsa_coarse_bwd_dkdv_kernel(
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dK and dV of ROWS key tiles, from COLUMNS query tiles of each of the group's heads at a time."""
+    """DK and dV of ROWS key tiles, from COLUMNS query tiles of each of the group's heads at a time."""
     pair_k = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = _load_rows(k_ptr, pair_k, rows, n_tiles, D, D_PAD) * scale
