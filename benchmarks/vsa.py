@@ -195,7 +195,8 @@ def main():
                     found = measure_workload(make(dense), clock, environment, device=device, budget_s=budget_s)
                 for row in found:
                     add(row)
-            except Exception as error:  # noqa: BLE001 - whatever a competitor raises is its row, and the others go on
+            # whatever a competitor raises is its row, and the others go on
+            except Exception as error:  # noqa: BLE001, PERF203
                 text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
                 for row in refused_rows(case, environment, backend=name, engine=engine, is_peer=True, refused=text):
                     add(row)

@@ -62,7 +62,7 @@ def _vsa_coarse_bwd_dq_kernel(
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dQ, and delta = rowsum(dO * O) for the other kernel."""
+    """The gradient of q, and delta = rowsum(dO * O) for the other kernel."""
     pair = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     q = _load_rows(q_ptr, pair, rows, n_tiles, D, D_PAD) * scale
@@ -88,7 +88,7 @@ def _vsa_coarse_bwd_dkdv_kernel(
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """DK and dV of ROWS key tiles, from COLUMNS query tiles of each of the group's heads at a time."""
+    """The gradients of ROWS key and value tiles, from COLUMNS query tiles of each of the group's heads at a time."""
     pair_k = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = _load_rows(k_ptr, pair_k, rows, n_tiles, D, D_PAD) * scale
