@@ -1,0 +1,199 @@
+"""Attention over chosen chunks on the block-sparse operator. Imported with triton, on first use.
+
+Where every query keeps the same number of chunks, its pairs are gathered by chunk (`sort`), so that a tile of 128 rows attends
+to the whole blocks of one chunk and nothing is computed in vain. Partial outputs are merged by their log-sum-exps; the backward
+pass takes the merged output and log-sum-exp, with which the gradients of every part are exact, and sums dQ over the parts.
+
+Heads are taken in slices, so that what is gathered stays small next to q, k, v and the output.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attnmux_blocksparse.kernels import KernelRequest, choose_engine
+from attnmux_blocksparse.kernels import launch as block_sparse
+from attnmux_blocksparse.kernels.arguments import IndexTensors
+from attnmux_vmoba.kernels import copy, sort
+
+# Of the bytes of q, k, v and out (backward: and of their gradients), what one slice of heads may take.
+SLICE_SHARE = 0.28
+
+
+def key_layout(chunks):
+    """Tokens of a key block, tokens of a chunk padded to whole blocks, and whether keys are read where they lie."""
+    tokens = chunks.chunk_tokens
+    block = 128 if tokens % 128 == 0 else 64
+    padded = -(-tokens // block) * block
+    return block, padded, chunks.is_raster and padded == tokens
+
+
+def heads_per_slice(heads: int, group: int, bytes_per_head: int, bytes_per_key_head: int, budget: float, whole_groups: bool) -> int:
+    """Query heads of one slice: as many as the budget allows, a part of one group or several whole groups."""
+    fitting = max(1, int(budget / (bytes_per_head + bytes_per_key_head / group)))
+    if fitting >= group or whole_groups:
+        fitting = max(group, fitting // group * group)
+        while heads % fitting:
+            fitting -= group
+        return fitting
+    while group % fitting:
+        fitting -= 1
+    return fitting
+
+
+def _slices(q, k, per_slice: int):
+    """(sample, query heads, key heads) of every slice."""
+    group = q.shape[2] // k.shape[2]
+    for b in range(q.shape[0]):
+        for h in range(0, q.shape[2], per_slice):
+            yield b, slice(h, h + per_slice), slice(h // group, (h + per_slice - 1) // group + 1)
+
+
+class _Keys:
+    """Keys and values of one slice as the operator reads them, `[1, rows, h, D]`, and their blocks."""
+
+    def __init__(self, chunks) -> None:
+        self.chunks = chunks
+        self.block, self.padded, self.in_place = key_layout(chunks)
+        self.chunk_blocks = self.padded // self.block
+        last = chunks.length - (chunks.num_chunks - 1) * chunks.chunk_tokens
+        self.last_blocks = -(-last // self.block)
+        self.num_blocks = (chunks.num_chunks - 1) * self.chunk_blocks + self.last_blocks
+        # the last block of the sequence may be short anyway; a list of lengths costs more, so it is made where it must be
+        self.needs_lengths = not self.in_place and chunks.chunk_tokens % self.block != 0
+
+    def arrange(self, x):
+        """x `[S, h, D]` -> `[1, rows, h, D]`."""
+        if self.in_place:
+            return x[None]
+        return copy.to_chunks(x, self.chunks, self.padded)[None, : self.num_blocks * self.block]
+
+    def lengths(self, device):
+        """Valid tokens of every block, int32 [1, N_k], or None where all are full but for the end of the sequence."""
+        if not self.needs_lengths:
+            return None
+        first = torch.arange(self.num_blocks, device=device) * self.block
+        chunk, place = first // self.padded, first % self.padded
+        tokens = (self.chunks.length - chunk * self.chunks.chunk_tokens).clamp(max=self.chunks.chunk_tokens)
+        return (tokens - place).clamp(0, self.block).to(torch.int32)[None]
+
+    def restore(self, src, dst) -> None:
+        """Gradients `[1, rows, h, D]` back to raster order, into dst `[S, h, D]`."""
+        copy.from_chunks(src[0], dst, self.chunks, self.padded)
+
+
+def _index(keys: _Keys, lists, counts, lengths, b: int, heads: slice, transposed=None) -> IndexTensors:
+    parts = () if transposed is None else tuple(x[b : b + 1, heads] for x in transposed)
+    return IndexTensors(
+        lists[b : b + 1, heads], counts[b : b + 1, heads], sort.TILE, keys.block, None, lengths, True, True, *parts
+    )
+
+
+def attention_forward(q, k, v, words, chunks, topk: int, softmax_scale: float):
+    """Attention of every query over its chosen chunks.
+
+    Args:
+        q, k, v: `[B, S, H, D]` in raster order; half types.
+        words: the choice, int32 `[B, H, ceil(C / 32), S]`.
+        chunks: the chunks.
+        topk: chunks of every query; 0 where their number varies.
+        softmax_scale: factor on the scores.
+
+    Returns:
+        out `[B, S, H, D]`, contiguous, in raster order, and lse float32 `[B, H, S]` in chunk order.
+    """
+    if not topk:
+        from attnmux_vmoba.kernels.masked import masked_forward
+
+        return masked_forward(q, k, v, words, chunks, softmax_scale)
+    with torch.cuda.device(q.device):
+        return _gathered_forward(q, k, v, words, chunks, min(topk, chunks.num_chunks), softmax_scale)
+
+
+def _gathered_forward(q, k, v, words, chunks, topk, softmax_scale, engine=None):
+    B, S, heads, D = q.shape
+    keys = _Keys(chunks)
+    pairs = sort.sort_pairs(words, chunks, topk)
+    lists, counts = sort.tile_lists(pairs, keys.chunk_blocks, keys.last_blocks)
+    lengths = keys.lengths(q.device)
+    out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
+    lse = torch.empty(B, heads, S, device=q.device, dtype=torch.float32)
+    n_rows = pairs.tiles * sort.TILE
+    row_bytes = D * q.element_size()
+    key_bytes = 0 if keys.in_place else 2 * keys.num_blocks * keys.block * row_bytes
+    total = 2 * (q.numel() + k.numel()) * q.element_size()
+    per_slice = heads_per_slice(
+        heads, heads // k.shape[2], n_rows * (row_bytes + 4), key_bytes, SLICE_SHARE * total / B, whole_groups=False
+    )
+    for b, qh, kh in _slices(q, k, per_slice):
+        k_, v_ = keys.arrange(k[b, :, kh]), keys.arrange(v[b, :, kh])
+        rows = pairs.rows[b, qh]
+        parts = copy.gather_queries(q[b, :, qh], rows, pairs.sizes[b, qh], chunks, n_rows)
+        part_lse = attend(parts, k_, v_, _index(keys, lists, counts, lengths, b, qh), softmax_scale, engine)
+        copy.merge_parts(parts, part_lse, rows, out[b, :, qh], lse[b, qh], chunks)
+    return out, lse
+
+
+def attend(parts, k, v, index, softmax_scale, engine=None):
+    """Replace the queries `[h, rows, D]` by their outputs, in place; the LSE `[h, rows]`."""
+    rows = parts.transpose(0, 1)[None]
+    if engine is None:
+        engine = choose_engine(None, KernelRequest(rows, k, v, index.block_q, index.block_k, softmax_scale))
+    return block_sparse.attention_forward(engine, rows, k, v, index, softmax_scale, out=rows)[1][0]
+
+
+def attention_backward(dout, q, k, v, out, lse, words, chunks, topk: int, softmax_scale: float):
+    """The gradients dq, dk, dv, contiguous, in the shapes and types of q, k, v; arguments as in the forward."""
+    if dout.stride(3) != 1:
+        dout = dout.contiguous()
+    if not topk:
+        from attnmux_vmoba.kernels.masked import masked_backward
+
+        return masked_backward(dout, q, k, v, out, lse, words, chunks, softmax_scale)
+    with torch.cuda.device(q.device):
+        topk = min(topk, chunks.num_chunks)
+        return _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scale)
+
+
+def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scale, engine=None):
+    heads, D = q.shape[2:]
+    keys = _Keys(chunks)
+    pairs = sort.sort_pairs(words, chunks, topk)
+    lists, counts = sort.tile_lists(pairs, keys.chunk_blocks, keys.last_blocks)
+    transposed = sort.transposed_lists(pairs, keys.chunk_blocks, keys.last_blocks)
+    lengths = keys.lengths(q.device)
+    dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
+    n_rows = pairs.tiles * sort.TILE
+    row_bytes = D * q.element_size()
+    key_bytes = 0 if keys.in_place else 4 * keys.num_blocks * keys.block * row_bytes
+    total = 4 * (q.numel() + k.numel()) * q.element_size()
+    per_slice = heads_per_slice(
+        heads, heads // k.shape[2], n_rows * (2 * row_bytes + 8), key_bytes, SLICE_SHARE * total / q.shape[0], whole_groups=True
+    )
+    for b, qh, kh in _slices(q, k, per_slice):
+        k_, v_ = keys.arrange(k[b, :, kh]), keys.arrange(v[b, :, kh])
+        rows = pairs.rows[b, qh]
+        parts, do, lse2, delta = copy.gather_for_backward(
+            q[b, :, qh], dout[b, :, qh], out[b, :, qh], lse[b, qh], rows, pairs.sizes[b, qh], chunks, n_rows
+        )
+        if keys.in_place:
+            dk_, dv_ = dk[b : b + 1, :, kh], dv[b : b + 1, :, kh]
+        else:
+            dk_, dv_ = torch.empty_like(k_), torch.empty_like(v_)
+        index = _index(keys, lists, counts, lengths, b, qh, transposed)
+        differentiate(parts, do, lse2, delta, k_, v_, dk_, dv_, index, softmax_scale, engine)
+        copy.sum_parts(parts, rows, dq[b, :, qh], chunks)
+        if not keys.in_place:
+            keys.restore(dk_, dk[b, :, kh])
+            keys.restore(dv_, dv[b, :, kh])
+    return dq, dk, dv
+
+
+def differentiate(parts, dout, lse2, delta, k, v, dk, dv, index, softmax_scale, engine=None) -> None:
+    """Replace the queries `[h, rows, D]` by their gradients, in place, and fill dk and dv `[1, rows, h, D]`."""
+    rows, do = parts.transpose(0, 1)[None], dout.transpose(0, 1)[None]
+    if engine is None:
+        engine = choose_engine(None, KernelRequest(rows, k, v, index.block_q, index.block_k, softmax_scale))
+    block_sparse.attention_gradients(
+        engine, do, lse2[None], delta[None], rows, k, v, rows, dk, dv, index, softmax_scale
+    )
