@@ -199,7 +199,7 @@ def _forward_op(
     engine: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     chunks = _chunks(grid, box)
-    if choose_engine(engine, KernelRequest(q, k, chunks)) == "reference":
+    if choose_engine(engine, KernelRequest(q, k, chunks)) == "reference" or not topk:
         return reference.attention_forward(q, k, v, words, chunks, softmax_scale)
     from attnmux_vmoba.kernels.launch import attention_forward
 
@@ -230,7 +230,7 @@ def _backward_op(
     engine: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     chunks = _chunks(grid, box)
-    if choose_engine(engine, KernelRequest(q, k, chunks)) == "reference":
+    if choose_engine(engine, KernelRequest(q, k, chunks)) == "reference" or not topk:
         return reference.attention_backward(dout, q, k, v, out, lse, words, chunks, softmax_scale)
     from attnmux_vmoba.kernels.launch import attention_backward
 

@@ -23,7 +23,7 @@ __all__ = ["ENGINES", "MOST_CHUNKS", "KernelRequest", "choose_engine", "triton_r
 ENGINES = ("reference", "triton")
 """What can compute the operator; None picks the last that serves a call."""
 
-MOST_CHUNKS = 1024
+MOST_CHUNKS = 512
 """The gates of a query stay in registers while chunks are chosen."""
 
 

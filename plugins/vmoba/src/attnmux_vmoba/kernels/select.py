@@ -3,7 +3,8 @@
 pool     sums of the keys of every chunk, piece by piece
 select   gates of a tile of queries against all mean keys, in registers; the choice goes out as bits
 
-Gates are float32 products: the halves of q are exact in tf32, the mean is split in two terms of 11 bits.
+Gates are as exact as float32 products: a mean is split in three terms of the type of q, 24 bits in bfloat16 and 33 in float16,
+and the products accumulate in float32, the small ones first.
 """
 
 # Arguments of kernels stand in groups (pointers, strides, sizes, constants), not one a line.
@@ -13,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
+from attnmux_vmoba.kernels.configs import select_config
 from attnmux_vmoba.kernels.geometry import GEOMETRY, geometry_arguments, load_rows, raster_of
 
 PIECE = 512
-# the gates of a tile: at most this many numbers, held by 4 warps
-TILE_NUMBERS = 8192
+TERMS = 3
 
 
 @triton.jit(do_not_specialize=["n_heads", "n_pieces", *GEOMETRY])
@@ -39,6 +40,26 @@ def _vmoba_pool_kernel(
     offs_d = tl.arange(0, D_PAD)
     at = (bh * tl.num_programs(0) + tl.program_id(0)) * D
     tl.store(sum_ptr + at + offs_d, acc, mask=offs_d < D)
+
+
+@triton.jit(do_not_specialize=["n_pieces", "n_chunks", "chunk_tokens", "length"])
+def _vmoba_mean_kernel(
+    sum_ptr, term_ptr, n_pieces, n_chunks, chunk_tokens, length, TERMS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    offs_d = tl.arange(0, D_PAD)
+    mean = tl.zeros([D_PAD], tl.float32)
+    for piece in range(0, n_pieces):
+        at = ((bh * n_chunks + chunk) * n_pieces + piece) * D
+        mean += tl.load(sum_ptr + at + offs_d, mask=offs_d < D, other=0.0)
+    mean /= tl.minimum(chunk_tokens, length - chunk * chunk_tokens).to(tl.float32)
+    for term in tl.static_range(TERMS):
+        part = mean.to(term_ptr.dtype.element_ty)
+        tl.store(term_ptr + ((bh * TERMS + term) * n_chunks + chunk) * D + offs_d, part, mask=offs_d < D)
+        # what is infinite or NaN has no rest
+        rest = mean - part.to(tl.float32)
+        mean = tl.where(rest == rest, rest, 0.0)
 
 
 @triton.jit
@@ -100,7 +121,7 @@ def _vmoba_select_kernel(
     q_ptr, mean_ptr, word_ptr, stride_b, stride_s, stride_h, n_heads, n_chunks, n_words, topk, threshold,
     n_h, n_w, box_t, box_h, box_w, grid_h, grid_w, chunk_tokens, length,
     GROUP: tl.constexpr, BY_SHARE: tl.constexpr, KEEPS_ONE: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STEP: tl.constexpr, TERMS: tl.constexpr,
 ):
     bh = tl.program_id(1).to(tl.int64)
     batch = bh // n_heads
@@ -109,11 +130,18 @@ def _vmoba_select_kernel(
     is_token = token < length
     chunk = token // chunk_tokens
     rows = raster_of(chunk, token % chunk_tokens, n_h, n_w, box_t, box_h, box_w, grid_h, grid_w)
-    q = load_rows(q_ptr + batch * stride_b + head * stride_h, rows, is_token, stride_s, D, D_PAD)
+    q_ptr += batch * stride_b + head * stride_h
+    mean_ptr += (batch * (n_heads // GROUP) + head // GROUP) * TERMS * n_chunks * D
     cols = tl.arange(0, COLS)
-    head_k = batch * (n_heads // GROUP) + head // GROUP
-    means = load_rows(mean_ptr + head_k * n_chunks * D, cols, cols < n_chunks, D, D, D_PAD)
-    gates = tl.dot(q.to(tl.float32), means.T, input_precision="tf32x3")  # [ROWS, COLS]
+    gates = tl.zeros([ROWS, COLS], tl.float32)
+    for term in tl.static_range(TERMS):
+        for start in tl.range(0, D_PAD, STEP, num_stages=1):
+            offs_d = start + tl.arange(0, STEP)
+            in_q = is_token[:, None] & (offs_d < D)[None, :]
+            q = tl.load(q_ptr + rows.to(tl.int64)[:, None] * stride_s + offs_d[None, :], mask=in_q, other=0.0)
+            at = mean_ptr + ((TERMS - 1 - term) * n_chunks + cols)[:, None] * D + offs_d[None, :]
+            means = tl.load(at, mask=(cols < n_chunks)[:, None] & (offs_d < D)[None, :], other=0.0)
+            gates = tl.dot(q, means.T, gates, input_precision="ieee")
     is_valid = (cols < n_chunks)[None, :] & (token >= 0)[:, None]
     is_own = (cols[None, :] == chunk[:, None]) & is_valid
     kept = is_own
@@ -133,7 +161,7 @@ def _vmoba_select_kernel(
 
 
 def mean_keys(k, chunks):
-    """The mean key of every chunk, float32 [B, H_kv, C, D]."""
+    """The mean key of every chunk as a sum of three terms in the type of k, the largest first: [B, H_kv, 3, C, D]."""
     B, S, heads, D = k.shape
     tokens, C = chunks.chunk_tokens, chunks.num_chunks
     pieces = triton.cdiv(tokens, PIECE)
@@ -141,10 +169,10 @@ def mean_keys(k, chunks):
     _vmoba_pool_kernel[(C * pieces, B * heads)](
         k, sums, *k.stride()[:3], heads, pieces, *geometry_arguments(chunks),
         PIECE=PIECE, ROWS=32, D=D, D_PAD=triton.next_power_of_2(D), num_warps=4)
-    means = sums.sum(3) / tokens
-    if S % tokens:
-        means[:, :, -1] *= tokens / (S % tokens)
-    return means
+    terms = torch.empty(B, heads, TERMS, C, D, device=k.device, dtype=k.dtype)
+    _vmoba_mean_kernel[(C, B * heads)](
+        sums, terms, pieces, C, tokens, S, TERMS=TERMS, D=D, D_PAD=triton.next_power_of_2(D), num_warps=1)
+    return terms
 
 
 def launch_select(q, k, chunks, how):
@@ -156,9 +184,11 @@ def launch_select(q, k, chunks, how):
     with torch.cuda.device(q.device) if q.is_cuda else torch.no_grad():
         means = mean_keys(k, chunks)
         cols = max(16, triton.next_power_of_2(C))
-        rows = max(16, min(64, TILE_NUMBERS // cols))
-        _vmoba_select_kernel[(triton.cdiv(S, rows), B * heads)](
+        config = select_config(cols)
+        d_pad = triton.next_power_of_2(D)
+        _vmoba_select_kernel[(triton.cdiv(S, config.rows), B * heads)](
             q, means, words, *q.stride()[:3], heads, C, n_words, min(how.topk, C), float(how.threshold),
             *geometry_arguments(chunks), GROUP=heads // k.shape[2], BY_SHARE=how.mode == "threshold",
-            KEEPS_ONE=how.keeps_one, ROWS=rows, COLS=cols, D=D, D_PAD=triton.next_power_of_2(D), num_warps=4)
+            KEEPS_ONE=how.keeps_one, ROWS=config.rows, COLS=cols, D=D, D_PAD=d_pad, STEP=min(config.step, d_pad), TERMS=TERMS,
+            num_warps=config.warps)
     return words

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 TILE = 128
-QUERIES = 128
+QUERIES = 64
 
 
 @dataclass(frozen=True)
