@@ -9,7 +9,6 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_kernels.py"
 
 # The interpreter is chosen by the variable above, before triton is imported.
 # ruff: noqa: E402
-from vmoba_oracle import PAIRS
 
 from attnmux.testing import assert_close_to_oracle, dense_attention_baseline, make_inputs, poisoned_memory
 from attnmux_blocksparse.kernels import backward as block_sparse_backward
@@ -18,7 +17,7 @@ from attnmux_blocksparse.kernels.configs import BackwardConfig, ForwardConfig
 from attnmux_vmoba import reference
 from attnmux_vmoba.kernels import launch, sort
 from attnmux_vmoba.kernels.select import launch_select
-from attnmux_vmoba.prepare import Selection, pack_bits, resolve_chunks, unpack_bits
+from attnmux_vmoba.prepare import Selection, resolve_chunks, unpack_bits
 
 # name: (grid, chunk size, topk, heads, key heads, head size, layout, dtype)
 CASES = {
@@ -151,14 +150,8 @@ def check(name, q, k, v, chunks, how, topk):
     scale = 0.3
     dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(5)).to(q.dtype)
     with poisoned_memory():
-        forward, backward = (
-            (launch._gathered_forward, launch._gathered_backward)
-            if topk
-            else (launch.masked_forward, launch.masked_backward)
-        )
-        more = (topk,) if topk else ()
-        out, lse = forward(q, k, v, words, chunks, *more, scale)
-        grads = backward(dout, q, k, v, out, lse, words, chunks, *more, scale)
+        out, lse = launch._gathered_forward(q, k, v, words, chunks, topk, scale)
+        grads = launch._gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, scale)
     exact = [x.double() for x in (q, k, v)]
     truth, truth_lse = reference.attention_forward(*exact, words, chunks, scale)
     truths = reference.attention_backward(dout.double(), *exact, truth, truth_lse, words, chunks, scale)
@@ -173,7 +166,9 @@ def check(name, q, k, v, chunks, how, topk):
     errors = [
         measure_error(x, y)
         for x, y in zip(
-            torch.autograd.grad(dense, leaves, dout), torch.autograd.grad(dense_truth, dense_exact, dout.double()), strict=True
+            torch.autograd.grad(dense, leaves, dout),
+            torch.autograd.grad(dense_truth, dense_exact, dout.double()),
+            strict=True,
         )
     ]
     for what, x, y, error in zip("qkv", grads, truths, errors, strict=True):

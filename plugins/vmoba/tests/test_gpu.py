@@ -109,9 +109,7 @@ def assert_call_is_right(run, inputs, mask):
 def test_topk_agrees_with_the_dense_mask(name):
     inputs, chunks, options = make(name)
     chosen = select_chunks(inputs.q, inputs.k, **options, engine="triton")
-    assert_call_is_right(
-        lambda *x: moba_attention(*x, **options, engine="triton"), inputs, token_mask(chosen, chunks)
-    )
+    assert_call_is_right(lambda *x: moba_attention(*x, **options, engine="triton"), inputs, token_mask(chosen, chunks))
 
 
 @pytest.mark.parametrize(("dtype", "magnitude", "layout"), [
@@ -186,7 +184,7 @@ def test_a_graph_replay_follows_its_inputs():
 def test_an_uneven_choice_is_right():
     """All queries want one chunk: its list is as long as the sequence, others hold their own queries alone."""
     inputs, chunks, options = make("st_small")
-    q, k, v = inputs
+    q, k, _v = inputs
     q, k = q.abs(), k.clone()
     hot = torch.arange(chunks.length, device="cuda") // chunks.chunk_tokens == 3
     k[:, from_chunk_order(hot[None], chunks)[0]] = 2.0

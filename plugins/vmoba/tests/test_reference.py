@@ -14,7 +14,7 @@ def chosen_by_us(q, k, chunk_size, mode, scope, **options):
     found = select_chunks(
         q, k, patch_resolution=GRID, chunk_size=chunk_size, select_mode=mode, threshold_type=scope, **options
     )
-    B, H, C, S = found.shape
+    _B, _H, _C, _S = found.shape
     in_raster = process_moba_output(found.permute(0, 3, 1, 2), GRID, chunk_size)
     return in_raster.permute(0, 2, 3, 1)
 

@@ -100,7 +100,11 @@ class VMOBAAttentionMetadata(AttentionMetadata):
             raise UnsupportedRequestError(
                 "temporal_layer, spatial_layer and st_layer are all 0: no layer has chunks; use TORCH_SDPA for dense attention"
             )
-        sizes: tuple[ChunkSize, ...] = (self.temporal_chunk_size, tuple(self.spatial_chunk_size), tuple(self.st_chunk_size))
+        sizes: tuple[ChunkSize, ...] = (
+            self.temporal_chunk_size,
+            tuple(self.spatial_chunk_size),
+            tuple(self.st_chunk_size),
+        )
         for name, size, count in zip(("spatial_chunk_size", "st_chunk_size"), sizes[1:], (2, 3), strict=True):
             checked_sizes(name, size, count)
         for topk in (self.temporal_topk, self.spatial_topk, self.st_topk):
@@ -169,7 +173,7 @@ class VMOBAAttentionMetadataBuilder(AttentionMetadataBuilder[VMOBAAttentionMetad
             current_timestep: Index of the denoising step, from 0.
             raw_latent_shape: Latent frames, rows and columns (T, H, W), without batch and channels, each >= 1.
             patch_size: Latent frames, rows and columns of one token, each >= 1.
-            temporal_chunk_size: See the metadata; None = about a fifth of the frames.
+            temporal_chunk_size: See the metadata; None = a fifth of the frames, rounded down, at least one.
             temporal_topk: See the metadata; None = by `topk_ratio`.
             spatial_chunk_size: See the metadata; None = divisors next to a quarter of H and W.
             spatial_topk: As `temporal_topk`.
@@ -200,11 +204,17 @@ class VMOBAAttentionMetadataBuilder(AttentionMetadataBuilder[VMOBAAttentionMetad
                 "VMOBAAttentionMetadata lists its own"
             )
         if not 0.0 < topk_ratio <= 1.0:
-            raise UnsupportedRequestError(f"topk_ratio={topk_ratio!r} is a fraction of the chunks and must lie in (0, 1]")
+            raise UnsupportedRequestError(
+                f"topk_ratio={topk_ratio!r} is a fraction of the chunks and must lie in (0, 1]"
+            )
         grid = token_grid(raw_latent_shape, patch_size)
-        box = (_divisor_near(grid[0], grid[0] / 5), _divisor_near(grid[1], grid[1] / 4), _divisor_near(grid[2], grid[2] / 4))
+        box = (
+            _divisor_near(grid[0], grid[0] / 5),
+            _divisor_near(grid[1], grid[1] / 4),
+            _divisor_near(grid[2], grid[2] / 4),
+        )
         sizes: list[Any] = [
-            max(1, round(grid[0] / 5)) if temporal_chunk_size is None else temporal_chunk_size,
+            max(1, grid[0] // 5) if temporal_chunk_size is None else temporal_chunk_size,
             box[1:] if spatial_chunk_size is None else spatial_chunk_size,
             box if st_chunk_size is None else st_chunk_size,
         ]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +11,9 @@ from attnmux.errors import UnsupportedRequestError
 from attnmux_vmoba import reference
 from attnmux_vmoba.kernels import ENGINES, KernelRequest, choose_engine
 from attnmux_vmoba.prepare import ChunkGrid, ChunkSize, Selection, check_selection, resolve_chunks, unpack_bits
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["ENGINES", "attend_chunks", "check_tensors", "moba_attention", "select_chunks"]
 
@@ -174,9 +176,9 @@ def _select_op(
     # scopes over many queries need their gates in memory, which the reference has
     if choose_engine(engine, KernelRequest(q, k, chunks)) == "reference" or scope != "query_head":
         return reference.select_bits(q, k, chunks, how)
-    from attnmux_vmoba.kernels.select import launch_select
+    from attnmux_vmoba.kernels import select
 
-    words: torch.Tensor = launch_select(q, k, chunks, how)
+    words: torch.Tensor = select.launch_select(q, k, chunks, how)
     return words
 
 

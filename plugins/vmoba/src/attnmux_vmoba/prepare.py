@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,10 +39,13 @@ __all__ = [
 ]
 
 Triple = tuple[int, int, int]
-ChunkSize = Union[int, float, Sequence[int]]
+ChunkSize = int | float | Sequence[int]
 
 SELECT_MODES = ("topk", "threshold")
-SCOPES = {"topk": ("query_head", "head_global", "overall"), "threshold": ("query_head", "head_global", "overall", "block")}
+SCOPES = {
+    "topk": ("query_head", "head_global", "overall"),
+    "threshold": ("query_head", "head_global", "overall", "block"),
+}
 """Scopes by mode: over what the budget of one choice extends."""
 COUPLES_HEADS = ("overall", "block")
 """Scopes whose choice for one head depends on the others."""
@@ -260,7 +263,9 @@ def pack_bits(chosen: torch.Tensor) -> torch.Tensor:
     """Pack a choice, bool `[B, H, C, S]`, into int32 words `[B, H, ceil(C / 32), S]`: chunk c is bit c % 32 of word c // 32."""
     B, H, C, S = chosen.shape
     padded = torch.nn.functional.pad(chosen, (0, 0, 0, -C % _BITS)).reshape(B, H, -1, _BITS, S)
-    weights = (torch.ones(_BITS, dtype=torch.int64, device=chosen.device) << torch.arange(_BITS, device=chosen.device))[:, None]
+    weights = (torch.ones(_BITS, dtype=torch.int64, device=chosen.device) << torch.arange(_BITS, device=chosen.device))[
+        :, None
+    ]
     words = (padded * weights).sum(3)
     # bit 31 is the sign of an int32
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

@@ -32,6 +32,8 @@ __all__ = ["attention_backward", "attention_forward", "choose_chunks", "gate_chu
 
 # keeps a share of no gates at all at 0, as published
 _EPS = 1e-6
+# queries whose scores are in memory at once: those of a long video stay in a CPU's cache
+_ROWS = 512
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -55,7 +57,7 @@ def gate_chunks(q: torch.Tensor, k: torch.Tensor, chunks: ChunkGrid) -> torch.Te
     """
     with torch.autocast(q.device.type, enabled=False):
         queries, keys = _heads_first(q, chunks, q.shape[2]), _heads_first(k, chunks, q.shape[2])
-        means = torch.stack([x.mean(2) for x in keys.split(chunks.chunk_tokens, 2)], 2)  # [B, H, C, D]
+        means = torch.stack([x.mean(2) for x in torch.split(keys, chunks.chunk_tokens, 2)], 2)  # [B, H, C, D]
         return means @ queries.transpose(-1, -2)
 
 
@@ -79,13 +81,17 @@ def choose_chunks(gates: torch.Tensor, own: torch.Tensor, how: Selection) -> tor
     """
     B, H, C, S = gates.shape
     own = own.expand(B, H, C, S)
-    order = {
-        "query_head": lambda x: x.transpose(2, 3),  # rows (b, h, s) of C
-        "head_global": lambda x: x.reshape(B, H, 1, C * S),
-        "overall": lambda x: x.transpose(1, 2).reshape(B, 1, 1, C * H * S),
-        "block": lambda x: x.transpose(1, 2).reshape(B, C, 1, H * S),
-    }[how.scope]
-    g, is_own = order(gates), order(own)
+
+    def by_scope(x: torch.Tensor) -> torch.Tensor:
+        """[B, H, C, S] -> [..., entries of a scope], in the order in which ties are broken."""
+        if how.scope == "query_head":
+            return x.transpose(2, 3)
+        if how.scope == "head_global":
+            return x.reshape(B, H, 1, C * S)
+        x = x.transpose(1, 2)
+        return x.reshape(B, 1, 1, C * H * S) if how.scope == "overall" else x.reshape(B, C, 1, H * S)
+
+    g, is_own = by_scope(gates), by_scope(own)
     entries = g.shape[-1]
     # a stable sort keeps equal gates in the order of their index
     best_first = g.masked_fill(is_own, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
@@ -95,7 +101,7 @@ def choose_chunks(gates: torch.Tensor, own: torch.Tensor, how: Selection) -> tor
         kept = kept.expand(best_first.shape)
     else:
         kept = _prefix_by_share(g.double(), is_own, best_first, how)
-    chosen = torch.zeros_like(is_own).scatter(-1, best_first, kept) | is_own
+    chosen: torch.Tensor = torch.zeros_like(is_own).scatter(-1, best_first, kept) | is_own
     if how.scope == "query_head":
         return chosen.transpose(2, 3)
     if how.scope == "head_global":
@@ -126,14 +132,15 @@ def select_bits(q: torch.Tensor, k: torch.Tensor, chunks: ChunkGrid, how: Select
 
 
 def _parts(chosen: torch.Tensor, chunks: ChunkGrid) -> Iterator[tuple[int, int, slice, torch.Tensor]]:
-    """Yield (sample, head, tokens of a chunk, queries that chose it) for every chunk that anyone chose."""
+    """Yield (sample, head, tokens of a chunk, queries that chose it) for every chunk, in pieces."""
     B, H, C, S = chosen.shape
     for b in range(B):
         for h in range(H):
             for c in range(C):
                 rows = chosen[b, h, c].nonzero()[:, 0]
-                if len(rows):
-                    yield b, h, slice(c * chunks.chunk_tokens, min((c + 1) * chunks.chunk_tokens, S)), rows
+                tokens = slice(c * chunks.chunk_tokens, min((c + 1) * chunks.chunk_tokens, S))
+                for start in range(0, len(rows), _ROWS):
+                    yield b, h, tokens, rows[start : start + _ROWS]
 
 
 def attention_forward(
@@ -182,7 +189,7 @@ def attention_backward(
 
     With P = exp(scale Q K^T - lse): dV = P^T dO, dS = P (dO V^T - rowsum(dO O)), dQ = scale dS K, dK = scale dS^T Q.
     """
-    heads, heads_kv = q.shape[2], k.shape[2]
+    heads = q.shape[2]
     queries, keys, values, douts, outs = (_heads_first(x, chunks, heads) for x in (q, k, v, dout, out))
     delta, lse = (douts * outs).sum(-1), lse.to(queries.dtype)
     dq, dk, dv = (torch.zeros_like(queries) for _ in range(3))
@@ -196,8 +203,7 @@ def attention_backward(
 
     def finish(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Sum over the query heads of each key head, and back to raster order [B, S, H_kv, D]."""
-        grouped = x.unflatten(1, (like.shape[2], -1)).sum(2).transpose(1, 2)
+        grouped = x.reshape(x.shape[0], like.shape[2], -1, *x.shape[2:]).sum(2).transpose(1, 2)
         return from_chunk_order(grouped, chunks).to(like.dtype).contiguous()
 
-    assert heads % heads_kv == 0
     return finish(dq, q), finish(dk, k), finish(dv, v)

@@ -66,7 +66,5 @@ def choose_engine(name: str | None, request: KernelRequest) -> str:
         return name
     reasons = triton_reasons(request)
     if name and reasons:
-        raise UnsupportedRequestError(
-            f"engine {name!r} cannot run this call: " + "; ".join(map(str, reasons)), reasons
-        )
+        raise UnsupportedRequestError(f"engine {name!r} cannot run this call: " + "; ".join(map(str, reasons)), reasons)
     return "reference" if reasons else "triton"

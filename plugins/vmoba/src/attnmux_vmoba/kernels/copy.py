@@ -64,7 +64,7 @@ def _vmoba_gather_kernel(
             out = load_rows(out_ptr + head * stride_out_h, raster, is_token, stride_out_s, D, D_PAD)
             delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
             lse2 = tl.load(lse_ptr + head * length + token, mask=is_token, other=0.0) * 1.4426950408889634
-        for slot in range(0, n_slots):
+        for slot in range(n_slots):
             rows = tl.load(row_ptr + (head * n_slots + slot) * length + token, mask=is_token, other=0)
             store_rows(q_dst_ptr, q, rows, is_token, D, D, D_PAD)
             if FOR_BACKWARD:
@@ -101,12 +101,12 @@ def _vmoba_merge_kernel(
     part_ptr += head * n_rows * D
     part_lse_ptr += head * n_rows
     peak = tl.full([ROWS], float("-inf"), tl.float32)
-    for slot in range(0, n_slots):
+    for slot in range(n_slots):
         rows = tl.load(row_ptr + (head * n_slots + slot) * length + token, mask=is_token, other=0)
         peak = tl.maximum(peak, tl.load(part_lse_ptr + rows, mask=is_token, other=0.0))
     weight = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
-    for slot in range(0, n_slots):
+    for slot in range(n_slots):
         rows = tl.load(row_ptr + (head * n_slots + slot) * length + token, mask=is_token, other=0)
         share = tl.exp(tl.load(part_lse_ptr + rows, mask=is_token, other=0.0) - peak)
         part = load_rows(part_ptr, rows, is_token, D, D, D_PAD)
@@ -128,7 +128,7 @@ def _vmoba_sum_kernel(
     is_token = token < length
     part_ptr += head * n_rows * D
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
-    for slot in range(0, n_slots):
+    for slot in range(n_slots):
         rows = tl.load(row_ptr + (head * n_slots + slot) * length + token, mask=is_token, other=0)
         acc += load_rows(part_ptr, rows, is_token, D, D, D_PAD).to(tl.float32)
     raster = raster_of(token // chunk_tokens, token % chunk_tokens, n_h, n_w, box_t, box_h, box_w, grid_h, grid_w)
@@ -137,7 +137,7 @@ def _vmoba_sum_kernel(
 
 def to_chunks(x, chunks, padded_tokens: int):
     """One sample's heads x `[S, h, D]` in raster order -> `[C * padded_tokens, h, D]`, heads outermost in memory, zeros between."""
-    S, heads, D = x.shape
+    _S, heads, D = x.shape
     n_rows = chunks.num_chunks * padded_tokens
     dst = torch.empty(heads, n_rows, D, device=x.device, dtype=x.dtype).transpose(0, 1)
     _launch_layout(x, dst, chunks, padded_tokens, n_rows, to_chunks=True)
@@ -172,7 +172,7 @@ def gather_for_backward(q, dout, out, lse, rows, sizes, chunks, n_rows: int):
     lse: float32 [h, S], tokens in chunk order. Returns q and dO `[h, n_rows, D]`, base-2 LSE and delta float32 [h, n_stats], where
     n_stats is n_rows up to a multiple of 256.
     """
-    S, heads, D = q.shape
+    _S, heads, D = q.shape
     q_dst, do_dst = torch.empty(2, heads, n_rows, D, device=q.device, dtype=q.dtype).unbind(0)
     stats = torch.empty(2, heads, triton.cdiv(n_rows, 256) * 256, device=q.device, dtype=torch.float32)
     _launch_gather(q, dout, out, lse, rows, sizes, q_dst, do_dst, stats, chunks)
@@ -198,7 +198,7 @@ def _launch_gather(q, dout, out, lse, rows, sizes, q_dst, do_dst, stats, chunks)
 
 
 def merge_parts(parts, part_lse, rows, out, lse, chunks) -> None:
-    """Fill out `[S, h, D]` in raster order and lse `[h, S]` in chunk order from parts `[h, n_rows, D]` and their LSE `[h, n_rows]`."""
+    """Fill out `[S, h, D]`, raster order, and lse `[h, S]`, chunk order, from parts `[h, n_rows, D]` and their LSE."""
     heads, n_rows, D = parts.shape
     S = out.shape[0]
     _vmoba_merge_kernel[(triton.cdiv(S, ROWS), heads)](

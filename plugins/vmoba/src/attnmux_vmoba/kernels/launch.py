@@ -28,7 +28,9 @@ def key_layout(chunks):
     return block, padded, chunks.is_raster and padded == tokens
 
 
-def heads_per_slice(heads: int, group: int, bytes_per_head: int, bytes_per_key_head: int, budget: float, whole_groups: bool) -> int:
+def heads_per_slice(
+    heads: int, group: int, bytes_per_head: int, bytes_per_key_head: int, budget: float, whole_groups: bool
+) -> int:
     """Query heads of one slice: as many as the budget allows, a part of one group or several whole groups."""
     fitting = max(1, int(budget / (bytes_per_head + bytes_per_key_head / group)))
     if fitting >= group or whole_groups:
@@ -63,7 +65,7 @@ class _Keys:
         self.needs_lengths = not self.in_place and chunks.chunk_tokens % self.block != 0
 
     def arrange(self, x):
-        """x `[S, h, D]` -> `[1, rows, h, D]`."""
+        """X `[S, h, D]` -> `[1, rows, h, D]`."""
         if self.in_place:
             return x[None]
         return copy.to_chunks(x, self.chunks, self.padded)[None, : self.num_blocks * self.block]
@@ -93,19 +95,17 @@ def attention_forward(q, k, v, words, chunks, topk: int, softmax_scale: float):
     """Attention of every query over its chosen chunks.
 
     Args:
-        q, k, v: `[B, S, H, D]` in raster order; half types.
+        q: `[B, S, H, D]` in raster order; a half type.
+        k: `[B, S, H_kv, D]`, likewise.
+        v: like k.
         words: the choice, int32 `[B, H, ceil(C / 32), S]`.
         chunks: the chunks.
-        topk: chunks of every query; 0 where their number varies.
+        topk: chunks of every query, >= 1.
         softmax_scale: factor on the scores.
 
     Returns:
         out `[B, S, H, D]`, contiguous, in raster order, and lse float32 `[B, H, S]` in chunk order.
     """
-    if not topk:
-        from attnmux_vmoba.kernels.masked import masked_forward
-
-        return masked_forward(q, k, v, words, chunks, softmax_scale)
     with torch.cuda.device(q.device):
         return _gathered_forward(q, k, v, words, chunks, min(topk, chunks.num_chunks), softmax_scale)
 
@@ -146,10 +146,6 @@ def attention_backward(dout, q, k, v, out, lse, words, chunks, topk: int, softma
     """The gradients dq, dk, dv, contiguous, in the shapes and types of q, k, v; arguments as in the forward."""
     if dout.stride(3) != 1:
         dout = dout.contiguous()
-    if not topk:
-        from attnmux_vmoba.kernels.masked import masked_backward
-
-        return masked_backward(dout, q, k, v, out, lse, words, chunks, softmax_scale)
     with torch.cuda.device(q.device):
         topk = min(topk, chunks.num_chunks)
         return _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scale)
@@ -168,7 +164,12 @@ def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_sca
     key_bytes = 0 if keys.in_place else 4 * keys.num_blocks * keys.block * row_bytes
     total = 4 * (q.numel() + k.numel()) * q.element_size()
     per_slice = heads_per_slice(
-        heads, heads // k.shape[2], n_rows * (2 * row_bytes + 8), key_bytes, SLICE_SHARE * total / q.shape[0], whole_groups=True
+        heads,
+        heads // k.shape[2],
+        n_rows * (2 * row_bytes + 8),
+        key_bytes,
+        SLICE_SHARE * total / q.shape[0],
+        whole_groups=True,
     )
     for b, qh, kh in _slices(q, k, per_slice):
         k_, v_ = keys.arrange(k[b, :, kh]), keys.arrange(v[b, :, kh])

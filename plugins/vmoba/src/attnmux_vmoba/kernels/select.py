@@ -50,7 +50,7 @@ def _vmoba_mean_kernel(
     bh = tl.program_id(1).to(tl.int64)
     offs_d = tl.arange(0, D_PAD)
     mean = tl.zeros([D_PAD], tl.float32)
-    for piece in range(0, n_pieces):
+    for piece in range(n_pieces):
         at = ((bh * n_chunks + chunk) * n_pieces + piece) * D
         mean += tl.load(sum_ptr + at + offs_d, mask=offs_d < D, other=0.0)
     mean /= tl.minimum(chunk_tokens, length - chunk * chunk_tokens).to(tl.float32)
@@ -155,7 +155,7 @@ def _vmoba_select_kernel(
             kept = kept | best
             keys = tl.where(best, least, keys)
     bits = kept.to(tl.int32) << (cols % 32)[None, :]
-    for word in range(0, n_words):
+    for word in range(n_words):
         value = tl.sum(tl.where((cols // 32 == word)[None, :], bits, 0), 1)
         tl.store(word_ptr + (bh * n_words + word) * length + token, value, mask=is_token)
 

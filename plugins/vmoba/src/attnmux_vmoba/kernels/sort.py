@@ -82,7 +82,7 @@ def _vmoba_place_kernel(
     token = block * QUERIES + tl.arange(0, QUERIES)
     is_token = token < length
     slot = tl.zeros([QUERIES], tl.int32)
-    for word in range(0, n_words):
+    for word in range(n_words):
         members = _members(word_ptr + (bh * n_words + word) * length, token, is_token)
         cols = word * 32 + tl.arange(0, 32)
         before = tl.load(count_ptr + (bh * n_blocks + block) * n_words * 32 + cols)
@@ -110,7 +110,7 @@ def _vmoba_lists_kernel(
     blocks = tl.where(chunk < n_chunks, blocks, 0)
     tl.store(count_ptr + bh * n_tiles + tile, blocks, mask=tile < n_tiles)
     first = tl.where(chunk < n_chunks, chunk, 0) * chunk_blocks
-    for i in range(0, width):
+    for i in range(width):
         tl.store(list_ptr + (bh * n_tiles + tile) * width + i, first + i, mask=tile < n_tiles)
 
 
@@ -181,10 +181,9 @@ def transposed_lists(pairs: SortedPairs, chunk_blocks: int, last_blocks: int):
     """The transpose of `tile_lists`: offsets, entries and order, as `TransposedLists` documents them."""
     B, heads, C = pairs.sizes.shape
     n_blocks = (C - 1) * chunk_blocks + last_blocks
-    new = {"device": pairs.sizes.device, "dtype": torch.int32}
-    offsets = torch.empty(B, heads, n_blocks + 1, **new)
-    entries = torch.empty(B, heads, pairs.tiles * chunk_blocks, **new)
-    order = torch.empty(B, heads, n_blocks, **new)
+    offsets = torch.empty(B, heads, n_blocks + 1, device=pairs.sizes.device, dtype=torch.int32)
+    entries = torch.empty(B, heads, pairs.tiles * chunk_blocks, device=pairs.sizes.device, dtype=torch.int32)
+    order = torch.empty(B, heads, n_blocks, device=pairs.sizes.device, dtype=torch.int32)
     _vmoba_transpose_kernel[(C * chunk_blocks, B * heads)](
         pairs.sizes, offsets, entries, order, pairs.tiles, C, chunk_blocks, last_blocks, chunk_blocks,
         COLS=max(16, triton.next_power_of_2(C)), TILE=TILE, num_warps=1)
