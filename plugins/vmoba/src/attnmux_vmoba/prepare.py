@@ -190,7 +190,7 @@ def resolve_chunks(patch_resolution: Sequence[int], chunk_size: ChunkSize) -> Ch
             f"chunk_size={chunk_size!r} must be a number of frames, (h, w) or (t, h, w) tokens"
         )
     sizes = checked_sizes("chunk_size", sizes, len(sizes))
-    box: Triple = sizes if len(sizes) == 3 else (grid[0], *sizes)  # type: ignore[assignment]
+    box: Triple = sizes if len(sizes) == 3 else (grid[0], *sizes)
     for axis, size, step in zip(_AXES, grid, box, strict=True):
         if size % step:
             raise UnsupportedRequestError(

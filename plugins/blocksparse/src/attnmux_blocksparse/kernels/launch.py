@@ -60,8 +60,12 @@ def attention_gradients(
         dout: [B, S_q, H, D], with strides that TMA can address.
         lse2: float32 [B, H, S_pad], S_pad a multiple of 256: the log-sum-exp in base 2, +inf for an empty row.
         delta: likewise: rowsum(dO * O) - dLSE, finite.
-        q, k, v: as in the forward.
-        dq, dk, dv: in the shapes of q, k and v; written.
+        q: as in the forward.
+        k: likewise.
+        v: likewise.
+        dq: in the shape of q; written.
+        dk: in the shape of k; written.
+        dv: likewise.
         index: with the transposed lists.
         softmax_scale: factor on the scores.
     """

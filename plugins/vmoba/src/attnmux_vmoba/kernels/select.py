@@ -10,12 +10,19 @@ and the products accumulate in float32, the small ones first.
 # Arguments of kernels stand in groups (pointers, strides, sizes, constants), not one a line.
 # fmt: off
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
 from attnmux_vmoba.kernels.configs import select_config
 from attnmux_vmoba.kernels.geometry import GEOMETRY, geometry_arguments, load_rows, raster_of
+
+if TYPE_CHECKING:
+    from attnmux_vmoba.prepare import ChunkGrid, Selection
 
 PIECE = 512
 TERMS = 3
@@ -175,7 +182,7 @@ def mean_keys(k, chunks):
     return terms
 
 
-def launch_select(q, k, chunks, how):
+def launch_select(q: torch.Tensor, k: torch.Tensor, chunks: ChunkGrid, how: Selection):
     """The choice under scope "query_head" as bits, int32 [B, H, ceil(C / 32), S], tokens in chunk order."""
     B, S, heads, D = q.shape
     C = chunks.num_chunks
