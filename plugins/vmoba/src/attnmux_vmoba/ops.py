@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+
+# torch.library reads the annotations of operators when they are defined
+from collections.abc import Sequence  # noqa: TC003
+from typing import Any
 
 import torch
 
@@ -11,9 +14,6 @@ from attnmux.errors import UnsupportedRequestError
 from attnmux_vmoba import reference
 from attnmux_vmoba.kernels import ENGINES, KernelRequest, choose_engine
 from attnmux_vmoba.prepare import ChunkGrid, ChunkSize, Selection, check_selection, resolve_chunks, unpack_bits
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = ["ENGINES", "attend_chunks", "check_tensors", "moba_attention", "select_chunks"]
 
