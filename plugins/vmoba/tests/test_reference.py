@@ -4,6 +4,7 @@ import pytest
 import torch
 from vmoba_oracle import CHUNK_SIZES, GRID, PAIRS, attend, choose, chunk_of_tokens, make_tensors
 
+from attnmux.errors import UnsupportedRequestError
 from attnmux.testing import assert_close_to_oracle, dense_attention_baseline, dense_attention_oracle
 from attnmux_vmoba import moba_attention, process_moba_output, select_chunks
 from attnmux_vmoba.prepare import Selection, pack_bits, resolve_chunks, self_chunks, unpack_bits
@@ -171,3 +172,16 @@ def test_bits_come_back(chunks):
     assert words.shape == (2, 3, -(-chunks // 32), 7)
     assert words.dtype == torch.int32
     assert torch.equal(unpack_bits(words, chunks), chosen)
+
+
+def test_a_named_engine_never_falls_back():
+    q, k, v, _ = make_tensors(dtype=torch.float32)
+    options = {"patch_resolution": GRID, "chunk_size": (2, 3), "engine": "triton"}
+    with pytest.raises(
+        UnsupportedRequestError, match="'threshold' with scope 'query_head' gives queries different numbers"
+    ):
+        moba_attention(q, k, v, **options, select_mode="threshold")
+    with pytest.raises(UnsupportedRequestError, match="the scope is 'overall'"):
+        select_chunks(q, k, **options, threshold_type="overall")
+    with pytest.raises(UnsupportedRequestError, match="engine 'triton' cannot run this call.*NVIDIA GPU is needed"):
+        moba_attention(q, k, v, **options)

@@ -109,6 +109,11 @@ def attend_chunks(
     # comparisons rather than math.isfinite, which cannot be traced with a dynamic scale; NaN fails them too
     if not -math.inf < scale < math.inf:
         raise UnsupportedRequestError(f"softmax_scale must be finite, got {softmax_scale!r}")
+    if engine == "triton" and (how.mode != "topk" or how.scope != "query_head"):
+        raise UnsupportedRequestError(
+            f"engine 'triton' cannot run this call: mode {how.mode!r} with scope {how.scope!r} gives queries different numbers of "
+            "chunks, and the kernels take one number for all; use engine='reference', or mode 'topk' with scope 'query_head'"
+        )
     words = _select(q, k, chunks, how, engine)
     every_query_keeps = how.topk if how.mode == "topk" and how.scope == "query_head" else 0
     out, _ = torch.ops.attnmux_vmoba.forward(
@@ -118,6 +123,10 @@ def attend_chunks(
 
 
 def _select(q: torch.Tensor, k: torch.Tensor, chunks: ChunkGrid, how: Selection, engine: str | None) -> torch.Tensor:
+    if engine == "triton" and how.scope != "query_head":
+        raise UnsupportedRequestError(
+            f"engine 'triton' chooses by query and head alone, and the scope is {how.scope!r}; use engine='reference'"
+        )
     return torch.ops.attnmux_vmoba.select(  # type: ignore[no-any-return]
         q.detach(), k.detach(), chunks.grid, chunks.box, *how, engine or ""
     )
