@@ -5,7 +5,7 @@ import torch
 from blocksparse_scenarios import Scenario, assert_call_is_right, make_tensors
 
 from attnmux.errors import UnsupportedRequestError
-from attnmux_blocksparse import BlockIndex, block_sparse_attention
+from attnmux_blocksparse import BlockIndex, block_sparse_attention, select_top_blocks
 from attnmux_blocksparse.kernels import KernelRequest, is_supported
 
 pytestmark = pytest.mark.gpu
@@ -261,3 +261,14 @@ def test_a_named_engine_raises_with_every_reason():
     with pytest.raises(UnsupportedRequestError, match=r"head_dim=72.*") as caught:
         block_sparse_attention(q, q, q, index, engine="hopper")
     assert {"dtype", "head_size"} <= {reason.code for reason in caught.value.reasons}
+
+
+@pytest.mark.parametrize("n_k", [1, 64, 500, 1200, 4000, 4100])
+def test_selected_blocks_are_those_of_the_cpu(n_k):
+    """Whole numbers, so that sums are exact in any order and ties are common."""
+    generator = torch.Generator().manual_seed(n_k)
+    q = torch.randint(-3, 4, (1, 4, 100, 128), generator=generator).float()
+    k = torch.randint(-3, 4, (1, 2, n_k, 128), generator=generator).float()
+    topk = max(1, n_k // 10)
+    want = select_top_blocks(q, k, topk, protected=min(2, topk))
+    assert torch.equal(select_top_blocks(q.cuda(), k.cuda(), topk, protected=min(2, topk)).cpu(), want)
