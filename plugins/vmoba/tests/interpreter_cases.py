@@ -35,11 +35,15 @@ CASES = {
 }
 
 
-def make(name, batch=2):
+# The others have one sample: the interpreter is slow.
+TWO_SAMPLES = ("st", "own_alone", "temporal_short_last_in_place")
+
+
+def make(name):
     grid, chunk_size, topk, heads, heads_kv, D, layout, dtype = CASES[name]
     chunks = resolve_chunks(grid, chunk_size)
     inputs = make_inputs(
-        batch=batch, length_q=chunks.length, length_k=chunks.length, num_heads=heads, num_kv_heads=heads_kv, head_size=D,
+        batch=1 + (name in TWO_SAMPLES), length_q=chunks.length, length_k=chunks.length, num_heads=heads, num_kv_heads=heads_kv, head_size=D,
         dtype=dtype, device="cpu", input_scale=1.0, layout=layout, seed=len(name),
     )  # fmt: skip
     return *inputs, chunks, Selection(topk=topk)
@@ -66,8 +70,8 @@ def operator_in_the_interpreter(monkeypatch):
     monkeypatch.setattr(launch, "differentiate", differentiate)
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("how", [Selection(), *(Selection("threshold", threshold=t) for t in (0.0, 0.3, 0.7, 1.0))])
+@pytest.mark.parametrize("name", ["temporal_short_last", "spatial", "st", "st_many", "one_token", "own_alone"])
+@pytest.mark.parametrize("how", [Selection(), Selection("threshold", threshold=0.3), Selection("threshold", threshold=1.0)])
 def test_choice_is_that_of_the_reference(name, how):
     q, k, _, chunks, topk = make(name)
     how = topk if how.mode == "topk" else how
@@ -193,6 +197,7 @@ def test_slices_of_heads_give_the_same_bits(monkeypatch, share):
         return out, lse, *launch._gathered_backward(dout, q, k, v, out, lse, words, chunks, how.topk, 0.3)
 
     expected = run()
-    monkeypatch.setattr(launch, "SLICE_SHARE", share)
+    monkeypatch.setattr(launch, "FORWARD_SHARE", share)
+    monkeypatch.setattr(launch, "BACKWARD_SHARE", share)
     for x, y in zip(run(), expected, strict=True):
         assert torch.equal(x, y)

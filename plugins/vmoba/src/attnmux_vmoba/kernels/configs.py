@@ -14,10 +14,9 @@ class SelectConfig:
 
 def select_config(cols: int) -> SelectConfig:
     """The table row for a number of chunks, rounded up to a power of two, 16 to 512."""
-    if cols <= 64:
+    # four warps of 16 rows each: a row's best is then found within a warp, without shared memory
+    if cols <= 128:
         return SelectConfig(64, 64, 4)
-    if cols == 128:
-        return SelectConfig(64, 64, 8)
     if cols == 256:
         return SelectConfig(64, 32, 8)
     return SelectConfig(32, 32, 8)

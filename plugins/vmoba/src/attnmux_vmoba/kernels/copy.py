@@ -20,7 +20,8 @@ ROWS = 64
 
 @triton.jit(do_not_specialize=["padded_tokens", "n_rows", *GEOMETRY])
 def _vmoba_layout_kernel(
-    src_ptr, dst_ptr, stride_src_s, stride_src_h, stride_dst_s, stride_dst_h, padded_tokens, n_rows,
+    k_ptr, v_ptr, k_dst_ptr, v_dst_ptr, stride_k_s, stride_k_h, stride_v_s, stride_v_h,
+    stride_k_dst_s, stride_k_dst_h, stride_v_dst_s, stride_v_dst_h, padded_tokens, n_rows,
     n_h, n_w, box_t, box_h, box_w, grid_h, grid_w, chunk_tokens, length,
     TO_CHUNKS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
 ):
@@ -30,8 +31,14 @@ def _vmoba_layout_kernel(
     place = row % padded_tokens
     is_token = (place < chunk_tokens) & (chunk * chunk_tokens + place < length) & (row < n_rows)
     raster = raster_of(chunk, place, n_h, n_w, box_t, box_h, box_w, grid_h, grid_w)
-    src_ptr += head * stride_src_h
-    dst_ptr += head * stride_dst_h
+    if tl.program_id(2) == 0:
+        src_ptr, dst_ptr, stride_src_s, stride_dst_s = k_ptr, k_dst_ptr, stride_k_s, stride_k_dst_s
+        src_ptr += head * stride_k_h
+        dst_ptr += head * stride_k_dst_h
+    else:
+        src_ptr, dst_ptr, stride_src_s, stride_dst_s = v_ptr, v_dst_ptr, stride_v_s, stride_v_dst_s
+        src_ptr += head * stride_v_h
+        dst_ptr += head * stride_v_dst_h
     if TO_CHUNKS:
         x = load_rows(src_ptr, raster, is_token, stride_src_s, D, D_PAD)
         store_rows(dst_ptr, x, row, row < n_rows, stride_dst_s, D, D_PAD)
@@ -135,48 +142,39 @@ def _vmoba_sum_kernel(
     store_rows(dst_ptr + head * stride_dst_h, acc, raster, is_token, stride_dst_s, D, D_PAD)
 
 
-def to_chunks(x, chunks, padded_tokens: int):
-    """One sample's heads x `[S, h, D]` in raster order -> `[C * padded_tokens, h, D]`, heads outermost in memory, zeros between."""
-    _S, heads, D = x.shape
-    n_rows = chunks.num_chunks * padded_tokens
-    dst = torch.empty(heads, n_rows, D, device=x.device, dtype=x.dtype).transpose(0, 1)
-    _launch_layout(x, dst, chunks, padded_tokens, n_rows, to_chunks=True)
-    return dst
+def to_chunks(k, v, k_dst, v_dst, chunks, padded_tokens: int) -> None:
+    """One sample's keys and values `[S, h, D]` in raster order -> `[rows, h, D]`, chunks of `padded_tokens` with zeros at the end."""
+    _launch_layout(k, v, k_dst, v_dst, chunks, padded_tokens, k_dst.shape[0], to_chunks=True)
 
 
-def from_chunks(src, dst, chunks, padded_tokens: int) -> None:
-    """The inverse of `to_chunks`, into dst `[S, h, D]`; padding is dropped."""
-    _launch_layout(src, dst, chunks, padded_tokens, src.shape[0], to_chunks=False)
+def from_chunks(k, v, k_dst, v_dst, chunks, padded_tokens: int) -> None:
+    """The inverse of `to_chunks`, into `[S, h, D]`; padding is dropped."""
+    _launch_layout(k, v, k_dst, v_dst, chunks, padded_tokens, k.shape[0], to_chunks=False)
 
 
-def _launch_layout(src, dst, chunks, padded_tokens, n_rows, *, to_chunks):
-    heads, D = src.shape[1:]
-    _vmoba_layout_kernel[(triton.cdiv(n_rows, ROWS), heads)](
-        src, dst, *src.stride()[:2], *dst.stride()[:2], padded_tokens, n_rows, *geometry_arguments(chunks),
+def _launch_layout(k, v, k_dst, v_dst, chunks, padded_tokens, n_rows, *, to_chunks):
+    heads, D = k.shape[1:]
+    _vmoba_layout_kernel[(triton.cdiv(n_rows, ROWS), heads, 2)](
+        k, v, k_dst, v_dst, *k.stride()[:2], *v.stride()[:2], *k_dst.stride()[:2], *v_dst.stride()[:2],
+        padded_tokens, n_rows, *geometry_arguments(chunks),
         TO_CHUNKS=to_chunks, ROWS=ROWS, D=D, D_PAD=triton.next_power_of_2(D), num_warps=4)
 
 
-def gather_queries(q, rows, sizes, chunks, n_rows: int):
-    """One sample's queries `[S, h, D]` at the rows of their pairs, `[h, n_rows, D]`; the other rows hold anything.
+def gather_queries(q, rows, sizes, dst, chunks) -> None:
+    """One sample's queries `[S, h, D]` to the rows of their pairs, in dst `[h, n_rows, D]`; its other rows are left alone.
 
     rows: int32 [h, k, S] and sizes: int32 [h, C] of `SortedPairs`, of these heads.
     """
-    dst = torch.empty(q.shape[1], n_rows, q.shape[2], device=q.device, dtype=q.dtype)
     _launch_gather(q, None, None, None, rows, sizes, dst, None, None, chunks)
-    return dst
 
 
-def gather_for_backward(q, dout, out, lse, rows, sizes, chunks, n_rows: int):
+def gather_for_backward(q, dout, out, lse, rows, sizes, q_dst, do_dst, stats, chunks) -> None:
     """As `gather_queries`, for q and dout, with zeros between chunks; and the statistics of the rows.
 
-    lse: float32 [h, S], tokens in chunk order. Returns q and dO `[h, n_rows, D]`, base-2 LSE and delta float32 [h, n_stats], where
-    n_stats is n_rows up to a multiple of 256.
+    lse: float32 [h, S], tokens in chunk order. stats: float32 [2, h, n_stats], the base-2 LSE and delta of every row; n_stats is
+    n_rows up to a multiple of 256.
     """
-    _S, heads, D = q.shape
-    q_dst, do_dst = torch.empty(2, heads, n_rows, D, device=q.device, dtype=q.dtype).unbind(0)
-    stats = torch.empty(2, heads, triton.cdiv(n_rows, 256) * 256, device=q.device, dtype=torch.float32)
     _launch_gather(q, dout, out, lse, rows, sizes, q_dst, do_dst, stats, chunks)
-    return q_dst, do_dst, stats[0], stats[1]
 
 
 def _launch_gather(q, dout, out, lse, rows, sizes, q_dst, do_dst, stats, chunks):

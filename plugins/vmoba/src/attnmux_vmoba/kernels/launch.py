@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import torch
 
-from attnmux_blocksparse.kernels import KernelRequest, choose_engine
+from attnmux_blocksparse.kernels import KernelRequest, hopper_reasons
 from attnmux_blocksparse.kernels import launch as block_sparse
 from attnmux_blocksparse.kernels.arguments import IndexTensors
 from attnmux_vmoba.kernels import copy, sort
 
-# Of the bytes of q, k, v and out (backward: and of their gradients), what one slice of heads may take.
-SLICE_SHARE = 0.28
+# Of the bytes of q, k, v and out (backward: and of their gradients), what the buffers of a slice of heads may take, so that
+# the peak stays below 1.3 times that of dense attention.
+FORWARD_SHARE = 0.33
+BACKWARD_SHARE = 0.57
 
 
 def key_layout(chunks):
@@ -31,24 +33,25 @@ def key_layout(chunks):
 def heads_per_slice(
     heads: int, group: int, bytes_per_head: int, bytes_per_key_head: int, budget: float, whole_groups: bool
 ) -> int:
-    """Query heads of one slice: as many as the budget allows, a part of one group or several whole groups."""
+    """Query heads of one slice: a part of one group, or whole groups; the fewest slices that fit, of about equal size."""
     fitting = max(1, int(budget / (bytes_per_head + bytes_per_key_head / group)))
     if fitting >= group or whole_groups:
-        fitting = max(group, fitting // group * group)
-        while heads % fitting:
-            fitting -= group
-        return fitting
+        groups = heads // group
+        slices = -(-groups // max(1, fitting // group))
+        return -(-groups // slices) * group
     while group % fitting:
         fitting -= 1
     return fitting
 
 
 def _slices(q, k, per_slice: int):
-    """(sample, query heads, key heads) of every slice."""
-    group = q.shape[2] // k.shape[2]
+    """(sample, query heads, key heads) of every slice; the last of a sample may be smaller."""
+    heads = q.shape[2]
+    group = heads // k.shape[2]
     for b in range(q.shape[0]):
-        for h in range(0, q.shape[2], per_slice):
-            yield b, slice(h, h + per_slice), slice(h // group, (h + per_slice - 1) // group + 1)
+        for first in range(0, heads, per_slice):
+            end = min(first + per_slice, heads)
+            yield b, slice(first, end), slice(first // group, (end - 1) // group + 1)
 
 
 class _Keys:
@@ -64,11 +67,25 @@ class _Keys:
         # the last block of the sequence may be short anyway; a list of lengths costs more, so it is made where it must be
         self.needs_lengths = not self.in_place and chunks.chunk_tokens % self.block != 0
 
-    def arrange(self, x):
-        """X `[S, h, D]` -> `[1, rows, h, D]`."""
+    @property
+    def rows(self) -> int:
+        """Rows of the keys in chunk order."""
+        return self.num_blocks * self.block
+
+    def buffers(self, number: int, k, query_heads: int, group: int):
+        """`number` tensors `[rows, h, D]`, heads outermost in memory, for slices of so many query heads; none if in place."""
         if self.in_place:
-            return x[None]
-        return copy.to_chunks(x, self.chunks, self.padded)[None, : self.num_blocks * self.block]
+            return (None,) * number
+        heads = max(1, query_heads // group)
+        return torch.empty(number, heads, self.rows, k.shape[3], device=k.device, dtype=k.dtype).transpose(1, 2).unbind(0)
+
+    def arrange(self, k, v, k_buffer, v_buffer):
+        """k and v `[S, h, D]` -> `[1, rows, h, D]`."""
+        if self.in_place:
+            return k[None], v[None]
+        k_, v_ = k_buffer[:, : k.shape[1]], v_buffer[:, : k.shape[1]]
+        copy.to_chunks(k, v, k_, v_, self.chunks, self.padded)
+        return k_[None], v_[None]
 
     def lengths(self, device):
         """Valid tokens of every block, int32 [1, N_k], or None where all are full but for the end of the sequence."""
@@ -78,10 +95,6 @@ class _Keys:
         chunk, place = first // self.padded, first % self.padded
         tokens = (self.chunks.length - chunk * self.chunks.chunk_tokens).clamp(max=self.chunks.chunk_tokens)
         return (tokens - place).clamp(0, self.block).to(torch.int32)[None]
-
-    def restore(self, src, dst) -> None:
-        """Gradients `[1, rows, h, D]` back to raster order, into dst `[S, h, D]`."""
-        copy.from_chunks(src[0], dst, self.chunks, self.padded)
 
 
 def _index(keys: _Keys, lists, counts, lengths, b: int, heads: slice, transposed=None) -> IndexTensors:
@@ -118,27 +131,33 @@ def _gathered_forward(q, k, v, words, chunks, topk, softmax_scale, engine=None):
     lengths = keys.lengths(q.device)
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     lse = torch.empty(B, heads, S, device=q.device, dtype=torch.float32)
-    n_rows = pairs.tiles * sort.TILE
+    n_rows, group = pairs.tiles * sort.TILE, heads // k.shape[2]
     row_bytes = D * q.element_size()
-    key_bytes = 0 if keys.in_place else 2 * keys.num_blocks * keys.block * row_bytes
-    total = 2 * (q.numel() + k.numel()) * q.element_size()
-    per_slice = heads_per_slice(
-        heads, heads // k.shape[2], n_rows * (row_bytes + 4), key_bytes, SLICE_SHARE * total / B, whole_groups=False
-    )
+    key_bytes = 0 if keys.in_place else 2 * keys.rows * row_bytes
+    budget = FORWARD_SHARE * 2 * (q.numel() + k.numel()) * q.element_size() / B
+    per_slice = heads_per_slice(heads, group, n_rows * (row_bytes + 4), key_bytes, budget, whole_groups=False)
+    part_buffer = torch.empty(per_slice, n_rows, D, device=q.device, dtype=q.dtype)
+    key_buffers = keys.buffers(2, k, per_slice, group)
     for b, qh, kh in _slices(q, k, per_slice):
-        k_, v_ = keys.arrange(k[b, :, kh]), keys.arrange(v[b, :, kh])
-        rows = pairs.rows[b, qh]
-        parts = copy.gather_queries(q[b, :, qh], rows, pairs.sizes[b, qh], chunks, n_rows)
-        part_lse = attend(parts, k_, v_, _index(keys, lists, counts, lengths, b, qh), softmax_scale, engine)
+        k_, v_ = keys.arrange(k[b, :, kh], v[b, :, kh], *key_buffers)
+        rows, parts = pairs.rows[b, qh], part_buffer[: qh.stop - qh.start]
+        copy.gather_queries(q[b, :, qh], rows, pairs.sizes[b, qh], parts, chunks)
+        index = _index(keys, lists, counts, lengths, b, qh)
+        engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
+        part_lse = attend(parts, k_, v_, index, softmax_scale, engine)
         copy.merge_parts(parts, part_lse, rows, out[b, :, qh], lse[b, qh], chunks)
     return out, lse
 
 
-def attend(parts, k, v, index, softmax_scale, engine=None):
+def choose_operator(parts, k, v, index, softmax_scale) -> str:
+    """The engine of the block-sparse operator for a slice, of those that can write in place; the same for every slice."""
+    request = KernelRequest(parts.transpose(0, 1)[None], k, v, index.block_q, index.block_k, softmax_scale)
+    return "triton" if hopper_reasons(request) else "hopper"
+
+
+def attend(parts, k, v, index, softmax_scale, engine):
     """Replace the queries `[h, rows, D]` by their outputs, in place; the LSE `[h, rows]`."""
     rows = parts.transpose(0, 1)[None]
-    if engine is None:
-        engine = choose_engine(None, KernelRequest(rows, k, v, index.block_q, index.block_k, softmax_scale))
     return block_sparse.attention_forward(engine, rows, k, v, index, softmax_scale, out=rows)[1][0]
 
 
@@ -159,42 +178,36 @@ def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_sca
     transposed = sort.transposed_lists(pairs, keys.chunk_blocks, keys.last_blocks)
     lengths = keys.lengths(q.device)
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
-    n_rows = pairs.tiles * sort.TILE
+    n_rows, group = pairs.tiles * sort.TILE, heads // k.shape[2]
     row_bytes = D * q.element_size()
-    key_bytes = 0 if keys.in_place else 4 * keys.num_blocks * keys.block * row_bytes
-    total = 4 * (q.numel() + k.numel()) * q.element_size()
-    per_slice = heads_per_slice(
-        heads,
-        heads // k.shape[2],
-        n_rows * (2 * row_bytes + 8),
-        key_bytes,
-        SLICE_SHARE * total / q.shape[0],
-        whole_groups=True,
-    )
+    key_bytes = 0 if keys.in_place else 4 * keys.rows * row_bytes
+    budget = BACKWARD_SHARE * 4 * (q.numel() + k.numel()) * q.element_size() / q.shape[0]
+    per_slice = heads_per_slice(heads, group, n_rows * (2 * row_bytes + 8), key_bytes, budget, whole_groups=True)
+    part_buffers = torch.empty(2, per_slice, n_rows, D, device=q.device, dtype=q.dtype)
+    stat_buffers = torch.empty(2, per_slice, -(-n_rows // 256) * 256, device=q.device, dtype=torch.float32)
+    *key_buffers, dk_buffer, dv_buffer = keys.buffers(4, k, per_slice, group)
     for b, qh, kh in _slices(q, k, per_slice):
-        k_, v_ = keys.arrange(k[b, :, kh]), keys.arrange(v[b, :, kh])
+        k_, v_ = keys.arrange(k[b, :, kh], v[b, :, kh], *key_buffers)
+        dk_, dv_ = dk[b, :, kh], dv[b, :, kh]
+        if not keys.in_place:
+            dk_, dv_ = dk_buffer[:, : dk_.shape[1]], dv_buffer[:, : dk_.shape[1]]
         rows = pairs.rows[b, qh]
-        parts, do, lse2, delta = copy.gather_for_backward(
-            q[b, :, qh], dout[b, :, qh], out[b, :, qh], lse[b, qh], rows, pairs.sizes[b, qh], chunks, n_rows
+        (parts, do), stats = part_buffers[:, : qh.stop - qh.start], stat_buffers[:, : qh.stop - qh.start]
+        copy.gather_for_backward(
+            q[b, :, qh], dout[b, :, qh], out[b, :, qh], lse[b, qh], rows, pairs.sizes[b, qh], parts, do, stats, chunks
         )
-        if keys.in_place:
-            dk_, dv_ = dk[b : b + 1, :, kh], dv[b : b + 1, :, kh]
-        else:
-            dk_, dv_ = torch.empty_like(k_), torch.empty_like(v_)
         index = _index(keys, lists, counts, lengths, b, qh, transposed)
-        differentiate(parts, do, lse2, delta, k_, v_, dk_, dv_, index, softmax_scale, engine)
+        engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
+        differentiate(parts, do, *stats, k_, v_, dk_[None], dv_[None], index, softmax_scale, engine)
         copy.sum_parts(parts, rows, dq[b, :, qh], chunks)
         if not keys.in_place:
-            keys.restore(dk_, dk[b, :, kh])
-            keys.restore(dv_, dv[b, :, kh])
+            copy.from_chunks(dk_, dv_, dk[b, :, kh], dv[b, :, kh], chunks, keys.padded)
     return dq, dk, dv
 
 
-def differentiate(parts, dout, lse2, delta, k, v, dk, dv, index, softmax_scale, engine=None) -> None:
+def differentiate(parts, dout, lse2, delta, k, v, dk, dv, index, softmax_scale, engine) -> None:
     """Replace the queries `[h, rows, D]` by their gradients, in place, and fill dk and dv `[1, rows, h, D]`."""
     rows, do = parts.transpose(0, 1)[None], dout.transpose(0, 1)[None]
-    if engine is None:
-        engine = choose_engine(None, KernelRequest(rows, k, v, index.block_q, index.block_k, softmax_scale))
     block_sparse.attention_gradients(
         engine, do, lse2[None], delta[None], rows, k, v, rows, dk, dv, index, softmax_scale
     )

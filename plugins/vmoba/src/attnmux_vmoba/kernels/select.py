@@ -151,16 +151,15 @@ def _vmoba_select_kernel(
             gates = tl.dot(q, means.T, gates, input_precision="ieee")
     is_valid = (cols < n_chunks)[None, :] & (token >= 0)[:, None]
     is_own = (cols[None, :] == chunk[:, None]) & is_valid
-    kept = is_own
     if BY_SHARE:
-        kept = kept | _within_share(gates, is_own, is_valid, cols, threshold, KEEPS_ONE, ROWS, COLS)
+        kept = is_own | _within_share(gates, is_own, is_valid, cols, threshold, KEEPS_ONE, ROWS, COLS)
     else:
         least: tl.constexpr = -0x80000000
         keys = tl.where(is_valid & (is_own == 0), _ranked(gates), least)
         for _ in range(1, topk):
-            best = _take_best(keys, cols, ROWS, COLS)
-            kept = kept | best
-            keys = tl.where(best, least, keys)
+            keys = tl.where(_take_best(keys, cols, ROWS, COLS), least, keys)
+        # the own chunk had the least key from the start, and no gate has it
+        kept = is_valid & (keys == least)
     bits = kept.to(tl.int32) << (cols % 32)[None, :]
     for word in range(n_words):
         value = tl.sum(tl.where((cols // 32 == word)[None, :], bits, 0), 1)
