@@ -9,7 +9,6 @@ sum      the partial gradients of a query, in float32 and in a fixed order, to r
 # Arguments of kernels stand in groups (pointers, strides, sizes, constants), not one a line.
 # fmt: off
 
-import torch
 import triton
 import triton.language as tl
 
@@ -143,7 +142,7 @@ def _vmoba_sum_kernel(
 
 
 def to_chunks(k, v, k_dst, v_dst, chunks, padded_tokens: int) -> None:
-    """One sample's keys and values `[S, h, D]` in raster order -> `[rows, h, D]`, chunks of `padded_tokens` with zeros at the end."""
+    """One sample's keys and values `[S, h, D]`, raster order -> `[rows, h, D]`: chunks of `padded_tokens`, zeros at their ends."""
     _launch_layout(k, v, k_dst, v_dst, chunks, padded_tokens, k_dst.shape[0], to_chunks=True)
 
 

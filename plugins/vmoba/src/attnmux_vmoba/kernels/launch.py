@@ -77,10 +77,12 @@ class _Keys:
         if self.in_place:
             return (None,) * number
         heads = max(1, query_heads // group)
-        return torch.empty(number, heads, self.rows, k.shape[3], device=k.device, dtype=k.dtype).transpose(1, 2).unbind(0)
+        return (
+            torch.empty(number, heads, self.rows, k.shape[3], device=k.device, dtype=k.dtype).transpose(1, 2).unbind(0)
+        )
 
     def arrange(self, k, v, k_buffer, v_buffer):
-        """k and v `[S, h, D]` -> `[1, rows, h, D]`."""
+        """Arrange k and v `[S, h, D]` -> `[1, rows, h, D]`."""
         if self.in_place:
             return k[None], v[None]
         k_, v_ = k_buffer[:, : k.shape[1]], v_buffer[:, : k.shape[1]]
@@ -198,7 +200,7 @@ def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_sca
         )
         index = _index(keys, lists, counts, lengths, b, qh, transposed)
         engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
-        differentiate(parts, do, *stats, k_, v_, dk_[None], dv_[None], index, softmax_scale, engine)
+        differentiate(parts, do, stats[0], stats[1], k_, v_, dk_[None], dv_[None], index, softmax_scale, engine)
         copy.sum_parts(parts, rows, dq[b, :, qh], chunks)
         if not keys.in_place:
             copy.from_chunks(dk_, dv_, dk[b, :, kh], dv[b, :, kh], chunks, keys.padded)
