@@ -32,8 +32,8 @@ __all__ = ["attention_backward", "attention_forward", "choose_chunks", "gate_chu
 
 # keeps a share of no gates at all at 0, as published
 _EPS = 1e-6
-# queries whose scores are in memory at once: those of a long video stay in a CPU's cache
-_ROWS = 512
+# queries whose scores are in memory at once
+_ROWS = 2048
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
