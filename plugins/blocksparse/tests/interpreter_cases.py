@@ -12,7 +12,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_kernels.py"
 from blocksparse_scenarios import Scenario, assert_call_is_right, make_tensors
 
 from attnmux_blocksparse import BlockIndex, prepare, reference
-from attnmux_blocksparse.kernels import backward, forward
+from attnmux_blocksparse.kernels import backward, forward, select
 from attnmux_blocksparse.kernels.arguments import IndexTensors
 from attnmux_blocksparse.kernels.configs import BackwardConfig, ForwardConfig
 from attnmux_blocksparse.kernels.select import launch_select
@@ -171,3 +171,23 @@ def test_selection_is_that_of_the_sort(n_q, n_k, topk, protected, order):
     k[0, 0, n_k // 2] = float("nan")
     got = launch_select(q, k, topk, protected, order)
     assert torch.equal(got, reference.select(q, k, topk, protected, order))
+
+
+@pytest.mark.parametrize("programs", [1, 2])
+def test_selection_by_few_programs_walks_many_tiles(monkeypatch, programs):
+    monkeypatch.setattr(select, "PROGRAMS", programs)
+    q, k = (torch.randn(1, 3, n, 16, generator=torch.Generator().manual_seed(n)).round() for n in (40, 150))
+    assert torch.equal(launch_select(q, k, 20, 0, 1.0), reference.select(q, k, 20, 0, 1.0))
+
+
+def test_selection_orders_ties_nan_infinity_and_signed_zeros_as_the_sort():
+    # a score is the sum of its key's sixteen equal numbers
+    special = [0.0, -0.0, float("nan"), float("inf"), float("-inf"), 1.0, -1.0, 1e-40, -1e-40, 3e38, 0.0, 1.0]
+    keys = torch.zeros(1, 1, len(special), 16)
+    keys[..., 0] = torch.tensor(special)
+    spread = keys[..., :1].repeat(1, 1, 1, 16) / 16
+    scores = spread.sum(-1)
+    for kept in range(1, len(special) + 1):
+        found = launch_select(torch.ones(1, 1, 1, 16), spread, kept, 0, 1.0)
+        best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :kept].sort(-1).values
+        assert found.flatten().tolist() == best.flatten().tolist()

@@ -56,12 +56,15 @@ def device_capability(x: torch.Tensor) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(x.device)
 
 
-# Asked while torch.compile traces too, to which the search for packages and cards is no graph.
-@torch.compiler.assume_constant_result
 def _launches_on(device: int | None) -> bool:
     if find_spec("triton") is None or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= TRITON_MINIMUM
+
+
+# Asked while torch.compile traces too, for which the search for packages is no graph. This is what
+# torch.compiler.assume_constant_result sets; the decorator itself would import triton.
+_launches_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def can_launch(x: torch.Tensor) -> bool:
