@@ -173,8 +173,12 @@ def _cuda() -> Any:
 
 
 @functools.cache
-def _has_one_device() -> bool:
-    return bool(_cuda().device_count() == 1)
+def _only_device() -> str | None:
+    """Return the device where there is no choice: "cpu" without a CUDA device, "cuda:0" with one."""
+    cuda = _cuda()
+    if cuda is None:
+        return "cpu"
+    return "cuda:0" if cuda.device_count() == 1 else None
 
 
 def _current_cuda_device() -> int | None:
@@ -183,15 +187,14 @@ def _current_cuda_device() -> int | None:
     if cuda is None:
         return None
     # asking torch takes 3 us on the host of an H100, more than all the rest of a cached selection
-    if _has_one_device() or not cuda.is_initialized():
+    if _only_device() or not cuda.is_initialized():
         return 0
     return int(cuda.current_device())
 
 
 def current_device() -> str:
     """Return the device that layers are built for: the current CUDA device if there is one, else the CPU."""
-    index = _current_cuda_device()
-    return "cpu" if index is None else f"cuda:{index}"
+    return _only_device() or f"cuda:{_current_cuda_device()}"
 
 
 def _cuda_arch(request: AttentionRequest) -> int | None:

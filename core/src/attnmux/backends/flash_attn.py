@@ -254,8 +254,9 @@ def _bounds(lengths: FlashAttentionMetadata) -> tuple[Any, Any, Any, Any]:
     return lengths.cu_seqlens_q, lengths.cu_seqlens_k, lengths.max_seqlen_q, lengths.max_seqlen_k
 
 
-# Version 4 compiles a kernel on its first call with new arguments, and aborts the process when two threads do so at once.
-_compiling = threading.Lock()
+# Version 4 compiles a kernel on its first call with new arguments, and aborts the process when two threads do so at once:
+# every call of it is made under this lock, also by plugins.
+FLASH_ATTN_4_LOCK = threading.Lock()
 
 
 @torch.library.custom_op("attnmux::flash_attn_4", mutates_args=())
@@ -273,7 +274,7 @@ def _flash_attn_4(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from flash_attn.cute import interface
 
-    with _compiling:
+    with FLASH_ATTN_4_LOCK:
         output, lse = interface._flash_attn_fwd(
             q.detach(),
             k.detach(),
@@ -318,7 +319,7 @@ def _flash_attn_4_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from flash_attn.cute import interface
 
-    with _compiling:
+    with FLASH_ATTN_4_LOCK:
         grads = interface._flash_attn_bwd(
             q,
             k,

@@ -31,6 +31,11 @@ class IndexTensors:
     entries: torch.Tensor | None = None
     order: torch.Tensor | None = None
 
+    @property
+    def has_valid_lengths(self) -> bool:
+        """Whether blocks may be partial."""
+        return self.q_lengths is not None or self.k_lengths is not None
+
     def streams_whole_rows(self, side: str) -> bool:
         """Whether blocks of this side may be read without masking each row (what lies past the tensor reads as 0)."""
         lengths = self.q_lengths if side == "q" else self.k_lengths

@@ -109,7 +109,13 @@ HOPPER_DQ = {
     (128, 64): HopperDqConfig(pair=1, stages=2, split=True),
 }
 
-# Fastest first, wherever it is supported.
+# Fastest first, wherever it is supported. "fa4" is run by name alone: it adds up dQ in no fixed order on sm90, so its
+# gradients are not the same bits from run to run.
 AUTOMATIC_ORDER = ("hopper", "triton", "reference")
 
 HOPPER_HEAD_SIZES = (64, 128)
+
+# What flash-attn 4's sm90 tiles admit, forward and backward (4.0.0b36).
+FA4_HEAD_SIZES = (64, 96, 128)
+FA4_BLOCKS_Q = (128, 256)
+FA4_BLOCKS_K = (128,)

@@ -68,6 +68,15 @@ def load_stage(desc, bar, buf, base, batch, head, key_a, key_b, PAIR: gl.constex
 
 
 @gluon.jit
+def load_stage_whole(desc, bar, buf, base, batch, head, key, PANELS: gl.constexpr):
+    """Fill one ring stage of 128 keys that follow one another, as TMA boxes of 16 KB."""
+    mbarrier.expect(bar, PANELS * 128 * 64 * 2)
+    ring = buf._reinterpret(desc.dtype, [buf.shape[0] // 2, 1, 1, 128, 64], gl.NVMMASharedLayout(128, 16, 4))
+    for p in gl.static_range(PANELS):
+        tma.async_copy_global_to_shared(desc, [batch, head, key, p * 64], bar, ring.index(base // 2 + p))
+
+
+@gluon.jit
 def clear_padding(buf, base, valid_a, valid_b, DTYPE: gl.constexpr, PAIR: gl.constexpr, PANELS: gl.constexpr):
     """Zero the rows of a stage beyond its valid keys: a weight of 0 times a NaN would be NaN.
 
@@ -96,6 +105,8 @@ def _producer(
 ):
     PANELS: gl.constexpr = D // 64
     PER: gl.constexpr = PANELS * PAIR
+    # Both sub-blocks of a stage lie in one block, and no list is odd.
+    WHOLE: gl.constexpr = PAIR == 2 and BLOCK_K % 128 == 0
     HALVES: gl.constexpr = 1 if SPLIT else 2
     first = gl.program_id(0)
     step = gl.num_programs(0)
@@ -141,7 +152,10 @@ def _producer(
         for j in range(stages + 1):
             if j < stages:
                 mbarrier.wait(k_empty.index(ks), kph)
-                load_stage(k_desc, k_full.index(ks), k_buf, ks * PER, batch, head_k, a, b, PAIR, PANELS)
+                if WHOLE:
+                    load_stage_whole(k_desc, k_full.index(ks), k_buf, ks * PER, batch, head_k, a, PANELS)
+                else:
+                    load_stage(k_desc, k_full.index(ks), k_buf, ks * PER, batch, head_k, a, b, PAIR, PANELS)
                 ks += 1
                 if ks == STAGES:
                     ks = 0
@@ -154,7 +168,10 @@ def _producer(
                 nb = na
             if j > 0:
                 mbarrier.wait(v_empty.index(vs), vph)
-                load_stage(v_desc, v_full.index(vs), v_buf, vs * PER, batch, head_k, pa, pb, PAIR, PANELS)
+                if WHOLE:
+                    load_stage_whole(v_desc, v_full.index(vs), v_buf, vs * PER, batch, head_k, pa, PANELS)
+                else:
+                    load_stage(v_desc, v_full.index(vs), v_buf, vs * PER, batch, head_k, pa, pb, PAIR, PANELS)
                 vs += 1
                 if vs == STAGES:
                     vs = 0
@@ -346,7 +363,9 @@ def _consumer(
             s = warpgroup_mma_wait(1, deps=[s_acc])
             mbarrier.arrive(k_empty.index(ks))
             if QBUF == 1:
-                mbarrier.arrive(q_empty.index(qs), pred=j + 1 == stages)
+                # A branch: an arrival always comes with a barrier of the consumer, its predicate false or not.
+                if j + 1 == stages:
+                    mbarrier.arrive(q_empty.index(qs))
             ks += 1
             if ks == STAGES:
                 ks = 0
@@ -541,8 +560,9 @@ def launch_hopper_forward(
     if config.is_persistent:
         programs = min(multiprocessors or multiprocessor_count(q.device), programs)
     list_arguments = index_arguments(index)
+    rows_k = 128 if config.pair == 2 and index.block_k % 128 == 0 else 64
     return _blocksparse_hopper_fwd_kernel[(programs,)](
-        describe(q, 64, 64), describe(k, 64, 64), describe(v, 64, 64), describe(out, 64, head_dim), lse, *list_arguments,
+        describe(q, 64, 64), describe(k, rows_k, 64), describe(v, rows_k, 64), describe(out, 64, head_dim), lse, *list_arguments,
         *index.list_strides(), *index.count_strides(), index.length_stride("q"), index.length_stride("k"),
         n_tiles, n_tiles_head, heads, len_q, len_k, softmax_scale * LOG2_E,
         GROUP=heads // heads_k, BLOCK_Q=index.block_q, BLOCK_K=index.block_k, D=head_dim, PAIR=config.pair,

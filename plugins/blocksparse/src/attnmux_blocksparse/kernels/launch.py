@@ -22,8 +22,12 @@ def attention_forward(engine: str, q, k, v, index: IndexTensors, softmax_scale: 
     batch, len_q, heads, head_dim = q.shape
     out = torch.empty(batch, len_q, heads, head_dim, device=q.device, dtype=q.dtype)
     lse = torch.empty(batch, heads, len_q, device=q.device, dtype=torch.float32)
-    with torch.cuda.device(q.device):
-        if engine == "hopper" and (head_dim, min(index.block_q, 128)) in HOPPER_FORWARD:
+    with torch.cuda.device_of(q):
+        if engine == "fa4":
+            from attnmux_blocksparse.kernels.fa4 import launch_fa4_forward
+
+            launch_fa4_forward(q, k, v, out, lse, index, softmax_scale=softmax_scale)
+        elif engine == "hopper" and (head_dim, min(index.block_q, 128)) in HOPPER_FORWARD:
             from attnmux_blocksparse.kernels.hopper_forward import launch_hopper_forward
 
             launch_hopper_forward(q, k, v, out, lse, index, softmax_scale=softmax_scale)
@@ -39,6 +43,12 @@ def attention_backward(engine: str, dout, dlse, q, k, v, out, lse, index: IndexT
     if dout.stride(3) != 1 or tma_reason("dout", dout):
         dout = dout.contiguous()
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
+    if engine == "fa4":
+        from attnmux_blocksparse.kernels.fa4 import launch_fa4_backward
+
+        with torch.cuda.device_of(q):
+            launch_fa4_backward(q, k, v, out, dout, lse, dlse, dq, dk, dv, index, softmax_scale=softmax_scale)
+        return dq, dk, dv
     with torch.cuda.device(q.device):
         lse2, delta = backward.launch_stats(out, dout, lse, dlse)
         configs = _configs(q, k, v, dout)
