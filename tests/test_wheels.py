@@ -145,6 +145,22 @@ def test_third_party_backend_is_found_checked_and_passes_its_tests(with_third_pa
     with_third_party.attnmux("check", "WINDOW_ATTN")
 
 
+@pytest.mark.parametrize("method", ["nabla", "radial"])
+def test_example_method_is_found_and_checked_from_its_wheel(with_third_party, method):
+    with_third_party.install(f"attnmux-{method}")
+    name = f"{method.upper()}_ATTN"
+    assert with_third_party.backends()[name]["status"] == "available"
+    # the conformance suite is among them
+    assert " passed" in with_third_party.pytest(f"examples/{method}/tests")
+
+
+@pytest.mark.parametrize("method", ["nabla", "radial"])
+def test_example_method_is_small(method):
+    package = ROOT / "examples" / method / "src" / f"attnmux_{method}"
+    lines = {path.name: len(path.read_text().splitlines()) for path in package.glob("*.py")}
+    assert lines["plugin.py"] + lines["backend.py"] < 150
+
+
 def test_third_party_backend_is_small():
     sources = (ROOT / "examples" / "third_party_backend").rglob("*.py")
     assert sum(len(path.read_text().splitlines()) for path in sources) < 150
