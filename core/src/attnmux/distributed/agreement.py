@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from attnmux.errors import SequenceParallelError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 __all__ = ["agree"]
 
@@ -52,6 +55,9 @@ def agree(group: dist.ProcessGroup, description: str, timeout: float, every_call
                     f"{rank} has {own.get(field)}, rank {other} has {theirs.get(field)}"
                 )
     seen.add(description)
+    if number:
+        # whoever described itself this time had read everything of the time before
+        store.delete_key(f"attnmux/{number - 1}/{rank}")
 
 
 def _fields(description: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed import distributed_c10d as c10d
 
 from attnmux.distributed.agreement import agree
 from attnmux.errors import SequenceParallelError
@@ -63,7 +63,7 @@ def _all_to_all(
 ) -> None:
     """Exchange flat buffers; sizes are elements per rank."""
     name, timeout, every_call, *fields = settings.split("\n")
-    group = _resolve_process_group(name)
+    group: dist.ProcessGroup = c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
     own = (f"operation={operation}", f"dtype={sent.dtype}", f"device={sent.device.type}", f"torch={torch.__version__}")
     agree(group, "\n".join((*own, *fields)), float(timeout), every_call == "True")
     rank = group.rank()
@@ -94,7 +94,7 @@ def _pack_heads(tensors: list[torch.Tensor], ranges: list[int], length: int) -> 
     batch, _, _, dim = tensors[0].shape
     heads = [_count(ranges, count, peer) for peer in range(size)]
     buffer = tensors[0].new_empty(length * batch * sum(heads) * dim)
-    blocks = buffer.split([length * batch * n * dim for n in heads])
+    blocks = torch.split(buffer, [length * batch * n * dim for n in heads])
     for peer, block in enumerate(blocks):
         view, at = block.view(length, batch, heads[peer], dim), 0
         for t, tensor in enumerate(tensors):
@@ -176,7 +176,7 @@ def _to_heads_backward(
         settings,
     )
     grads = [grad.new_zeros(batch, rows, n, dim) for n in heads]
-    for peer, block in enumerate(received.split([length * unit * n for n in counts])):
+    for peer, block in enumerate(torch.split(received, [length * unit * n for n in counts])):
         view, at = block.view(length, batch, counts[peer], dim), 0
         for t in range(count):
             first, last = ranges[2 * (count * peer + t) : 2 * (count * peer + t) + 2]
@@ -238,7 +238,7 @@ def _to_shards(
     counts = _head_counts(ranges)
     flat = x.transpose(0, 1)  # [S + T, B, h, D]
     if tail:
-        parts = flat[:total].split(lengths)
+        parts = torch.split(flat[:total], lengths)
         sent = torch.cat([piece for part in parts for piece in (part, flat[total:])])
     else:
         sent = flat.contiguous()
@@ -255,7 +255,7 @@ def _to_shards(
     shard[:, length:] = 0
     text = x.new_empty(batch, tail, sum(counts), dim)
     at = 0
-    for n, block in zip(counts, received.split([(length + tail) * unit * n for n in counts]), strict=True):
+    for n, block in zip(counts, torch.split(received, [(length + tail) * unit * n for n in counts]), strict=True):
         view = block.view(length + tail, batch, n, dim).transpose(0, 1)
         shard[:, :length, at : at + n] = view[:, :length]
         text[:, :, at : at + n] = view[:, length:]
@@ -284,7 +284,7 @@ def _to_shards_backward(
     own = counts[rank]
     sent = grad.new_empty((length + tail) * unit * sum(counts))
     at = 0
-    for n, block in zip(counts, sent.split([(length + tail) * unit * n for n in counts]), strict=True):
+    for n, block in zip(counts, torch.split(sent, [(length + tail) * unit * n for n in counts]), strict=True):
         view = block.view(length + tail, batch, n, dim)
         view[:length] = grad[:, :length, at : at + n].transpose(0, 1)
         view[length:] = grad_text[:, :, at : at + n].transpose(0, 1)
@@ -302,7 +302,7 @@ def _to_shards_backward(
         return received.view(total, batch, own, dim)
     result = grad.new_zeros(total + tail, batch, own, dim)
     at = 0
-    for n, block in zip(lengths, received.split([(n + tail) * unit * own for n in lengths]), strict=True):
+    for n, block in zip(lengths, torch.split(received, [(n + tail) * unit * own for n in lengths]), strict=True):
         view = block.view(n + tail, batch, own, dim)
         result[at : at + n] = view[:n]
         # every rank returned the text, so its gradient is the sum of theirs, in rank order
@@ -362,7 +362,7 @@ def to_heads(
     ranges = [bound for peer in range(len(plan.lengths)) for of_tensor in heads for bound in of_tensor[peer]]
     buffer = _to_heads(tensors, text, ranges, list(plan.lengths), rank, settings)
     sizes = [of_tensor[rank][1] - of_tensor[rank][0] for of_tensor in heads]
-    return [part.transpose(0, 1) for part in buffer.split(sizes, dim=2)]
+    return [part.transpose(0, 1) for part in torch.split(buffer, sizes, dim=2)]
 
 
 def to_shards(

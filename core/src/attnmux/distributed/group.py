@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from attnmux.errors import SequenceParallelError, UnsupportedRequestError
+from attnmux.settings import read_environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +35,7 @@ class SPGroup:
         rank: This process's place in it, from 0.
         size: Number of ranks.
         timeout: Seconds that the agreement check waits for another rank.
-        checks_every_call: Whether ranks compare shapes on every call, not only the first of each kind.
+        checks_every_call: Whether ranks compare what they exchange on every call, not only at the first of each kind.
     """
 
     name: str = ""
@@ -50,13 +51,19 @@ class SPGroup:
 
     @classmethod
     def from_group(cls, group: dist.ProcessGroup, *, timeout: float = DEFAULT_TIMEOUT) -> SPGroup:
-        """Return the group over all ranks of a process group."""
+        """Return the group over all ranks of a process group; ATTNMUX_DIST_CHECK is read here.
+
+        Args:
+            group: The ranks. The timeout of its collectives is its own.
+            timeout: Seconds that the agreement check waits for another rank, > 0.
+
+        Raises:
+            UnsupportedRequestError: The timeout is not positive, or ATTNMUX_DIST_CHECK is neither true nor false.
+        """
+        if not timeout > 0:
+            raise UnsupportedRequestError(f"timeout must be > 0 seconds, got {timeout!r}")
         return cls(
-            group.group_name,
-            group.rank(),
-            group.size(),
-            timeout,
-            os.environ.get("ATTNMUX_DIST_CHECK", "") not in ("", "0"),
+            group.group_name, group.rank(), group.size(), timeout, read_environment().checks_every_exchange
         )
 
     @classmethod
@@ -68,7 +75,8 @@ class SPGroup:
         """
         if mesh.ndim != 1:
             raise UnsupportedRequestError(
-                f"sp_group must be a mesh of one dimension, got {mesh.ndim}; slice it by name"
+                f"sp_group must be a mesh of one dimension, got {mesh.ndim} (the strategy 'usp', which would use two, is not "
+                "implemented); slice it by name"
             )
         return cls.from_group(mesh.get_group(), timeout=timeout)
 
@@ -126,9 +134,11 @@ def init_sequence_parallel(
         The group of this rank.
 
     Raises:
-        UnsupportedRequestError: `size` does not divide the world size.
+        UnsupportedRequestError: `size` does not divide the world size, or the timeout is not positive.
         SequenceParallelError: The ranks did not meet within the timeout.
     """
+    if not timeout > 0:
+        raise UnsupportedRequestError(f"timeout must be > 0 seconds, got {timeout!r}")
     limit = datetime.timedelta(seconds=timeout)
     if not dist.is_initialized():
         backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")

@@ -27,6 +27,29 @@ __all__ = ["DistributedAttention", "DistributedAttention_VSA"]
 
 Freqs = tuple[torch.Tensor, torch.Tensor]
 
+_MERGING = (
+    "it merges partial outputs by their log-sum-exp, and no backend's log-sum-exp has a gradient yet: training would go wrong "
+    "without a sign"
+)
+# strategies with a name in the contract that a layer has to refuse, and why
+_NOT_IMPLEMENTED = {
+    "ring": _MERGING,
+    "usp": f"it is ulysses times ring, and of ring: {_MERGING}",
+    "allgather_kv": "the gather of the keys and its gradient are not written",
+}
+
+
+def _check_strategy(strategy: str) -> None:
+    if strategy == "ulysses":
+        return
+    if strategy in _NOT_IMPLEMENTED:
+        raise UnsupportedRequestError(
+            f"strategy {strategy!r} is not implemented: {_NOT_IMPLEMENTED[strategy]}; use 'ulysses'"
+        )
+    raise UnsupportedRequestError(
+        f"strategy {strategy!r} is unknown; 'ulysses' is implemented, {', '.join(map(repr, _NOT_IMPLEMENTED))} are not"
+    )
+
 
 class _SequenceParallel(AttentionLayer):
     """What both layers share: the exchange around the impl. Arguments are those of `DistributedAttention`."""
@@ -45,8 +68,10 @@ class _SequenceParallel(AttentionLayer):
         default_backend: AttentionBackendEnum | str | None = None,
         dtype: torch.dtype | None = None,
         sp_group: SPGroup | ProcessGroup | DeviceMesh | None = None,
+        strategy: str = "ulysses",
         **extra_impl_args: Any,
     ) -> None:
+        _check_strategy(strategy)
         sp = as_sp_group(sp_group)
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         own: tuple[int, int | None] = (num_heads, num_kv_heads)
@@ -73,7 +98,11 @@ class _SequenceParallel(AttentionLayer):
             impl_args=extra_impl_args,
         )
         if sp.size > 1 and "ulysses" not in self.selection.spec.capabilities.sequence_parallel:
-            raise UnsupportedRequestError(f"{self.backend_name} does not declare the strategy 'ulysses'")
+            declared = ", ".join(sorted(self.selection.spec.capabilities.sequence_parallel))
+            raise UnsupportedRequestError(
+                f"{self.backend_name} cannot share a sequence of {sp.size} ranks by 'ulysses', the only strategy there is; it "
+                f"declares {declared}"
+            )
         self.sp = sp
         self._heads = heads
         if heads is not None:
@@ -218,13 +247,15 @@ class DistributedAttention(_SequenceParallel):
         default_backend: Preference of the layer's author, which users override.
         dtype: Of q, k and v, for the selection; None = torch's default dtype.
         sp_group: The ranks; None = what `init_sequence_parallel` or `use_sp` set, else this process alone.
+        strategy: "ulysses", heads against tokens by all-to-all. "ring", "usp" and "allgather_kv" are refused: they are not
+            implemented.
         **extra_impl_args: Arguments of the backend's own.
 
     Attributes:
         sp: The group.
 
     Raises:
-        AttnmuxError: The selection failed, or the backend refuses an argument.
+        AttnmuxError: The selection failed, the strategy is not implemented, or the backend refuses an argument.
     """
 
     def forward(
