@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ENV_BACKEND",
-    "ENV_DIST_CHECK",
     "ENV_DISABLE_PLUGINS",
+    "ENV_DIST_CHECK",
     "ENV_PLUGINS",
     "ENV_STRICT",
     "VARIABLES",

@@ -20,4 +20,4 @@ def pools(tmp_path_factory):
 
     yield get
     for pool in made.values():
-        pool.close()
+        pool.close(kill=True)

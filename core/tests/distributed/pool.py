@@ -34,7 +34,7 @@ def _worker(rank, size, store, jobs, results):
         faulthandler.dump_traceback_later(JOB_TIMEOUT - 2)
         try:
             results.put((rank, getattr(importlib.import_module("jobs"), function)(sp, *arguments), None))
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - the test reports it
             results.put((rank, None, traceback.format_exc()))
         faulthandler.cancel_dump_traceback_later()
     dist.destroy_process_group()

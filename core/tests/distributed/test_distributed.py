@@ -1,23 +1,25 @@
-"""DistributedAttention against LocalAttention on the whole sequence, float64, on ranks that talk over gloo."""
+"""Layers over several ranks against LocalAttention on the whole sequence, in float64, on ranks that talk over gloo."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from attnmux.distributed import SeqPlan
+from attnmux import SeqPlan
 from attnmux.distributed.plan import HeadPlan
 
+DIM = 8
+# tokens, batch, query heads, key heads, text tokens, rotary, padded: dimensions are paired, not multiplied
 SHAPES = [
-    (length, batch, heads, kv_heads, text, rotary, padded)
-    for length, batch, heads, kv_heads, text, rotary, padded in (
-        (8, 1, 4, 4, 0, False, False),
-        (9, 2, 4, 4, 0, True, False),
-        (7, 2, 6, 3, 1, True, True),
-        (9, 1, 6, 2, 7, True, True),
-        (3, 2, 5, 5, 7, False, False),
-        (2, 1, 5, 1, 1, True, True),
-        (9, 2, 1, 1, 0, True, False),
-        (5, 2, 4, 1, 7, False, True),
-        (5, 1, 8, 2, 1, True, False),
-    )
+    (8, 1, 4, 4, 0, False, False),
+    (9, 2, 4, 4, 0, True, False),
+    (7, 2, 6, 3, 1, True, True),
+    (9, 1, 6, 2, 7, True, True),
+    (3, 2, 5, 5, 7, False, False),
+    (2, 1, 5, 1, 1, True, True),
+    (9, 2, 1, 1, 0, True, False),
+    (5, 2, 4, 1, 7, False, True),
+    (5, 1, 8, 2, 1, True, False),
+    (6, 2, 1, 1, 3, False, True),
 ]
 
 
@@ -35,16 +37,16 @@ def test_matches_the_whole_sequence(pools, size, shape):
             assert found == (0, 0, 0, 0)
             continue
         others = [peer for peer in range(size) if peer != rank]
-        to = plan.lengths[rank] * batch * 8 * sum(both[peer] for peer in others)
-        back = sum(plan.lengths[peer] + text for peer in others) * batch * 8 * width[rank]
-        to_backward = sum(plan.lengths[peer] for peer in others) * batch * 8 * both[rank]
-        back_backward = (plan.lengths[rank] + text) * batch * 8 * sum(width[peer] for peer in others)
+        to = plan.lengths[rank] * batch * DIM * sum(both[peer] for peer in others)
+        back = sum(plan.lengths[peer] + text for peer in others) * batch * DIM * width[rank]
+        to_backward = sum(plan.lengths[peer] for peer in others) * batch * DIM * both[rank]
+        back_backward = (plan.lengths[rank] + text) * batch * DIM * sum(width[peer] for peer in others)
         assert found == (2, to + back, 2, to_backward + back_backward)
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_sends_four_local_tensors_less_its_own_part(pools, size):
-    local = 8 // size * 1 * 4 * 8
+    local = 8 // size * 1 * 4 * DIM
     for found in pools(size).run("compare", 8, 1, 4, 4, 0, False, False):
         assert found[:2] == (2, 4 * local * (size - 1) // size)
 
@@ -57,6 +59,20 @@ def test_one_rank_gives_the_bits_of_local_attention(pools):
     pools(1).run("one_rank_bits")
 
 
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.sampled_from([2, 4]), st.data())
+def test_every_exchange_brings_the_right_heads_and_its_inverse_the_tokens(pools, size, data):
+    lengths = data.draw(st.lists(st.integers(0, 5), min_size=size, max_size=size).filter(any))
+    rows = [length + data.draw(st.integers(0, 2)) for length in lengths]
+    kv_heads, group = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
+    batch, text = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 3))
+    pools(size).run("there_and_back", tuple(lengths), tuple(rows), batch, kv_heads * group, kv_heads, text)
+
+
+def test_operators_pass_torchs_own_checks(pools):
+    pools(2).run("operators")
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_compiles_without_graph_breaks(pools, size):
     pools(size).run("compiled")
@@ -66,18 +82,29 @@ def test_checkpointing_gives_the_same_gradients(pools):
     pools(2).run("checkpointed")
 
 
-@pytest.mark.parametrize("field", ["dtype", "rows", "softmax_scale"])
-def test_disagreement_names_rank_and_field(pools, field):
-    messages = pools(2).run("disagree", field)
-    for message in messages:
-        assert f"ranks differ in {'lengths' if field == 'rows' else field}: rank" in message
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_mean_of_a_parameters_gradients_is_the_gradient_of_the_mean(pools, size):
+    pools(size).run("parameter")
 
 
-def test_a_missing_rank_is_named_within_the_timeout(tmp_path):
-    # ranks that failed to agree stay out of step: a pool of its own
-    from pool import Pool
+def test_one_gradient_alone_is_the_same(pools):
+    pools(2).run("gradient_of_one")
 
-    pool = Pool(2, tmp_path)
-    messages = pool.run("missing")
-    pool.close()
-    assert "before to_heads: rank 0 waited 1 s for rank 1, which did not come" in messages[0]
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("gated", [True, False])
+def test_video_sparse_attention_gives_the_same_bits_on_any_number_of_ranks(pools, size, gated):
+    pytest.importorskip("attnmux_vsa")
+    counts = pools(size).run("video_sparse", gated)
+    if size == 1:
+        assert counts == [(0, 0)]
+        return
+    rows, heads = 7 * 5 * 3, 4
+    own = heads // size
+    for length, found in zip(SeqPlan.balanced(rows, size).lengths, counts, strict=True):
+        tensors = 4 if gated else 3
+        assert found == (2, length * DIM * (heads - own) * tensors + (rows - length) * DIM * own)
+
+
+def test_groups_come_from_a_mesh_a_default_and_a_scope(pools):
+    pools(4).run("groups")

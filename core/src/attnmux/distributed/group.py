@@ -62,9 +62,7 @@ class SPGroup:
         """
         if not timeout > 0:
             raise UnsupportedRequestError(f"timeout must be > 0 seconds, got {timeout!r}")
-        return cls(
-            group.group_name, group.rank(), group.size(), timeout, read_environment().checks_every_exchange
-        )
+        return cls(group.group_name, group.rank(), group.size(), timeout, read_environment().checks_every_exchange)
 
     @classmethod
     def from_mesh(cls, mesh: DeviceMesh, *, timeout: float = DEFAULT_TIMEOUT) -> SPGroup:

@@ -233,7 +233,8 @@ class DistributedAttention(_SequenceParallel):
     all-to-alls forward, two backward. Any number of heads and tokens can be split. Every rank has to make the same calls.
 
     Gradients are those of the sum of all ranks' losses; the mean over ranks of a parameter's gradient is the gradient of the
-    mean of the losses. That holds for the impl's own parameters and for whatever made the replicated tokens.
+    mean of the losses. That holds for the impl's own parameters and for whatever made the replicated tokens. A rank
+    without heads (more ranks than query heads) never runs its impl, whose parameters then have no gradient there.
 
     Args:
         num_heads: Query heads, >= 1.
