@@ -76,7 +76,7 @@ def compare(sp, length, batch, heads, kv_heads, text, rotary, padded, causal=Fal
     want, want_text = whole(LocalAttention(heads, DIM, **arguments), leaves, word_leaves, freqs)
     ((want * weight).sum() + sum((want_text * w).sum() for w in text_weights)).backward()
 
-    plan = SeqPlan.padded(length, -(-length // sp.size), sp.size) if padded else SeqPlan.balanced(length, sp.size)
+    plan = SeqPlan.padded(length, -(-length // sp.size) + 1, sp.size) if padded else SeqPlan.balanced(length, sp.size)
     first, last = plan.range_of(sp.rank)
     count = last - first
     mine = shards(video, plan, sp.rank, strided=batch == 2)

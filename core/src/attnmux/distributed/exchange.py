@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from attnmux import __version__
 from attnmux.distributed.agreement import agree
 from attnmux.errors import SequenceParallelError
 
@@ -64,7 +65,13 @@ def _all_to_all(
     """Exchange flat buffers; sizes are elements per rank."""
     name, timeout, every_call, *fields = settings.split("\n")
     group: dist.ProcessGroup = c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
-    own = (f"operation={operation}", f"dtype={sent.dtype}", f"device={sent.device.type}", f"torch={torch.__version__}")
+    own = (
+        f"operation={operation}",
+        f"dtype={sent.dtype}",
+        f"device={sent.device.type}",
+        f"torch={torch.__version__}",
+        f"attnmux={__version__}",
+    )
     agree(group, "\n".join((*own, *fields)), float(timeout), every_call == "True")
     rank = group.rank()
     for traffic in _counters:
