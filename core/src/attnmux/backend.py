@@ -191,6 +191,8 @@ class AttentionImpl(ABC, Generic[T]):
         self.causal = causal
         self.num_kv_heads = num_kv_heads
         self.prefix = prefix
+        self.head_range = (0, num_heads)
+        self.total_num_heads = num_heads
 
     def set_head_range(self, first: int, last: int, *, total: int) -> None:
         """Learn which heads of the layer this impl computes: [first, last) of `total`; the rest is on other ranks.

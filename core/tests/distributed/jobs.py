@@ -27,17 +27,17 @@ DIM = 8
 REPLICATED = ("replicated_q", "replicated_k", "replicated_v")
 
 
-def case(size, length, batch, heads, kv_heads, text):
+def case(size, length, batch, heads, kv_heads, text, dim=DIM):
     generator = torch.Generator().manual_seed(0)
 
     def make(rows, n):
-        return torch.randn(batch, rows, n, DIM, generator=generator, dtype=torch.float64)
+        return torch.randn(batch, rows, n, dim, generator=generator, dtype=torch.float64)
 
     video = [make(length, n) for n in (heads, kv_heads, kv_heads)]
     words = [make(text, n) for n in (heads, kv_heads, kv_heads)] if text else []
     # one weight of the sequence's output; every rank weighs the text differently
     weights = make(length, heads), [make(text, heads) for _ in range(size)]
-    angles = torch.randn(length, DIM // 2, generator=generator, dtype=torch.float64)
+    angles = torch.randn(length, dim // 2, generator=generator, dtype=torch.float64)
     return video, words, weights, (angles.cos(), angles.sin())
 
 
@@ -264,6 +264,51 @@ def video_sparse(sp, gated):
     for name, x, y in zip(("q", "k", "v", "gate"), mine, leaves, strict=False):
         near(x.grad, y.grad[:, first:last], f"gradient of {name}", "gradient")
     return traffic.collectives, traffic.elements_sent
+
+
+def sparse_linear(sp):
+    """SLA: outputs and gradients match; those of its projection add up over the ranks."""
+    video, _, (weight, _), _ = case(sp.size, 200, 1, 4, 4, 0, dim=16)
+    options = {"backend": "SLA_ATTN", "dtype": torch.float64, "topk_ratio": 0.5, "BLKQ": 64, "BLKK": 64}
+    plan = SeqPlan.balanced(200, sp.size)
+    first, last = plan.range_of(sp.rank)
+    local, layer = LocalAttention(4, 16, **options), DistributedAttention(4, 16, sp_group=sp, **options)
+    for each in (local, layer):
+        torch.nn.init.normal_(each.attn_impl.proj_l.weight, generator=torch.Generator().manual_seed(1))
+    leaves, mine = [x.clone().requires_grad_() for x in video], shards(video, plan, sp.rank)
+    want, (got, _) = local(*leaves), layer(*mine, plan=plan)
+    near(got, want[:, first:last], "output")
+    (want * weight).sum().backward()
+    (got * weight[:, first:last]).sum().backward()
+    for name, x, y in zip("qkv", mine, leaves, strict=True):
+        near(x.grad, y.grad[:, first:last], f"gradient of {name}", "gradient")
+    total = layer.attn_impl.proj_l.weight.grad.clone()
+    if sp.size > 1:
+        dist.all_reduce(total)
+    wanted = local.attn_impl.proj_l.weight.grad
+    # the parameter and its gradient are float32
+    assert_close_to_oracle(total, wanted.double(), wanted, kind="gradient", what="gradient of proj_l")
+
+
+def mixture_of_blocks(sp, scope):
+    """VMoBA: the output has the same bits where every head chooses for itself; else it is refused."""
+    from attnmux_vmoba.backend import VMOBAAttentionMetadataBuilder
+
+    video, _, _, _ = case(sp.size, 4 * 4 * 6, 1, 4, 4, 0)
+    options = {"backend": "VMOBA_ATTN", "dtype": torch.float64, "layer_idx": 0}
+    metadata = VMOBAAttentionMetadataBuilder().build(
+        0, (4, 4, 6), (1, 1, 1), temporal_chunk_size=1, temporal_topk=2, spatial_chunk_size=(2, 3), spatial_topk=2,
+        st_chunk_size=(2, 2, 3), st_topk=2, moba_select_mode="threshold", moba_threshold_type=scope,
+    )  # fmt: skip
+    plan = SeqPlan.balanced(4 * 4 * 6, sp.size)
+    first, last = plan.range_of(sp.rank)
+    layer = DistributedAttention(4, DIM, sp_group=sp, **options)
+    try:
+        got, _ = layer(*shards(video, plan, sp.rank), plan=plan, attn_metadata=metadata)
+    except UnsupportedRequestError as error:
+        return str(error)
+    assert torch.equal(got, LocalAttention(4, DIM, **options)(*video, attn_metadata=metadata)[:, first:last])
+    return None
 
 
 def groups(sp):

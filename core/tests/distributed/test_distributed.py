@@ -106,5 +106,19 @@ def test_video_sparse_attention_gives_the_same_bits_on_any_number_of_ranks(pools
         assert found == (2, length * DIM * (heads - own) * tensors + (rows - length) * DIM * own)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_sparse_linear_attention_and_its_projection_match(pools, size):
+    pytest.importorskip("attnmux_sla")
+    pools(size).run("sparse_linear")
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_mixture_of_blocks_matches_where_heads_choose_alone_and_is_refused_where_not(pools, size):
+    pytest.importorskip("attnmux_vmoba")
+    assert pools(size).run("mixture_of_blocks", "query_head") == [None] * size
+    for message in pools(size).run("mixture_of_blocks", "overall"):
+        assert message is None if size == 1 else f"query has {4 // size} of the layer's 4 heads" in message
+
+
 def test_groups_come_from_a_mesh_a_default_and_a_scope(pools):
     pools(4).run("groups")

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import importlib_metadata
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from attnmux import __version__
 from attnmux.distributed.agreement import agree
 from attnmux.errors import SequenceParallelError
 
@@ -44,6 +44,8 @@ class Traffic:
     bytes_sent: int = 0
 
 
+_VERSION = importlib_metadata.version("attnmux")
+
 _counters: list[Traffic] = []
 
 
@@ -70,7 +72,7 @@ def _all_to_all(
         f"dtype={sent.dtype}",
         f"device={sent.device.type}",
         f"torch={torch.__version__}",
-        f"attnmux={__version__}",
+        f"attnmux={_VERSION}",
     )
     agree(group, "\n".join((*own, *fields)), float(timeout), every_call == "True")
     rank = group.rank()
