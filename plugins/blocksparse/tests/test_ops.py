@@ -236,3 +236,17 @@ def test_selections_that_do_not_fit_are_refused(change, message):
     call = {"pooled_q": torch.zeros(1, 2, 7, 4), "pooled_k": torch.zeros(1, 2, 11, 4), "topk": 3, **change}
     with pytest.raises(UnsupportedRequestError, match=message):
         select_top_blocks(call.pop("pooled_q"), call.pop("pooled_k"), call.pop("topk"), **call)
+
+
+def test_autocast_changes_no_bit_forward_or_backward():
+    q, k, v, dout, index = make_tensors(BASE)
+    results = []
+    for enabled in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = block_sparse_attention(*leaves, index)
+            grads = torch.autograd.grad(out, leaves, dout)
+            chosen = select_top_blocks(q.transpose(1, 2), k.transpose(1, 2), 3)
+        results.append((out, *grads, chosen))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)

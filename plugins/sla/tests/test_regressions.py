@@ -148,3 +148,17 @@ def test_blocks_other_than_the_kernels_own_are_asserted():
         UnsupportedRequestError, match=r"BLKQ=96 is not known to SLA_ATTN; expected one of 64, 128, 256"
     ):
         SLAAttentionImpl(2, 16, BLKQ=96)
+
+
+def test_autocast_changes_no_bit_forward_or_backward():
+    q, k, v = (torch.randn(1, 256, 2, 32) for _ in range(3))
+    impl = SLAAttentionImpl(2, 32, topk_ratio=0.3)
+    torch.nn.init.normal_(impl.proj_l.weight)
+    results = []
+    for enabled in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = impl(*leaves)
+            results.append((out, *torch.autograd.grad(out, leaves, torch.ones_like(out))))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)

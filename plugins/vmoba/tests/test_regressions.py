@@ -6,6 +6,8 @@ from vmoba_oracle import GRID, PAIRS, make_tensors
 
 from attnmux.errors import UnsupportedRequestError
 from attnmux_vmoba import VMOBAAttentionImpl, VMOBAAttentionMetadataBuilder, moba_attention, select_chunks
+from attnmux_vmoba.ops import attend_chunks
+from attnmux_vmoba.prepare import Selection, resolve_chunks
 
 CHUNK = (2, 3)
 
@@ -72,3 +74,16 @@ def test_gradients_are_those_of_the_forward():
     # v enters linearly: dout . out = v . dv
     torch.testing.assert_close((grads[2] * v).sum(), (dout * out).sum())
     assert all(x.abs().amax() > 0 for x in grads)
+
+
+def test_autocast_changes_no_bit_forward_or_backward():
+    q, k, v = (torch.randn(1, 256, 2, 32) for _ in range(3))
+    chunks = resolve_chunks((4, 8, 8), (4, 4))
+    results = []
+    for enabled in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = attend_chunks(*leaves, chunks, Selection(topk=2))
+            results.append((out, *torch.autograd.grad(out, leaves, torch.ones_like(out))))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)

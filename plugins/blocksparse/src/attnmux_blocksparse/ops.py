@@ -212,7 +212,8 @@ def _select_op(pooled_q: torch.Tensor, pooled_k: torch.Tensor, topk: int, protec
 
         if pooled_k.shape[2] <= select.MOST_COLUMNS:
             return select.launch_select(pooled_q, pooled_k, topk, protected, order)
-    return reference.select(pooled_q, pooled_k, topk, protected, order)
+    with torch.autocast(pooled_q.device.type, enabled=False):
+        return reference.select(pooled_q, pooled_k, topk, protected, order)
 
 
 @_select_op.register_fake
@@ -242,7 +243,9 @@ def _forward_op(
     index = IndexTensors(blocks, counts, block_q, block_k, q_lengths, k_lengths, finite_padding, even_rows)
     chosen = choose_engine(engine, KernelRequest(q, k, v, block_q, block_k, softmax_scale, index.has_valid_lengths))
     if chosen == "reference":
-        out, lse = reference.attention_forward(q, k, v, index, softmax_scale)
+        # An operator's body may run under autocast, of which the reference's products must not know.
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = reference.attention_forward(q, k, v, index, softmax_scale)
         return out, lse.float()
     from attnmux_blocksparse.kernels import launch
 
@@ -284,7 +287,8 @@ def _backward_op(
     )
     chosen = choose_engine(engine, KernelRequest(q, k, v, block_q, block_k, softmax_scale, index.has_valid_lengths))
     if chosen == "reference":
-        return reference.attention_backward(dout, dlse, q, k, v, index, softmax_scale)
+        with torch.autocast(q.device.type, enabled=False):
+            return reference.attention_backward(dout, dlse, q, k, v, index, softmax_scale)
     from attnmux_blocksparse.kernels import launch
 
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = launch.attention_backward(

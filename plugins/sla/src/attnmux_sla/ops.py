@@ -440,9 +440,11 @@ def _attend_backward_op(
         dout, None, q, k, v, sparse, lse, blocks, counts, None, None, offsets, entries, order,
         block_q, block_k, False, True, softmax_scale, sparse_engine,
     )  # fmt: skip
-    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] = _engine(
-        engine, q, k
-    ).linear_backward(dout, q, k, v, state, mass, weight, feature_map, grads)
+    # Backward may run under autocast, of which its products must not know.
+    with torch.autocast(q.device.type, enabled=False):
+        result: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] = _engine(
+            engine, q, k
+        ).linear_backward(dout, q, k, v, state, mass, weight, feature_map, grads)
     return result
 
 

@@ -184,7 +184,8 @@ def _select_op(
     chunks, how = _chunks(grid, box), Selection(mode, scope, topk, threshold, keeps_one)
     # scopes over many queries need their gates in memory, which the reference has
     if choose_engine(engine, KernelRequest(q, k, chunks)) == "reference" or scope != "query_head":
-        return reference.select_bits(q, k, chunks, how)
+        with torch.autocast(q.device.type, enabled=False):
+            return reference.select_bits(q, k, chunks, how)
     from attnmux_vmoba.kernels import select
 
     words: torch.Tensor = select.launch_select(q, k, chunks, how)
@@ -211,7 +212,8 @@ def _forward_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     chunks = _chunks(grid, box)
     if choose_engine(engine, KernelRequest(q, k, chunks)) == "reference" or not topk:
-        return reference.attention_forward(q, k, v, words, chunks, softmax_scale)
+        with torch.autocast(q.device.type, enabled=False):
+            return reference.attention_forward(q, k, v, words, chunks, softmax_scale)
     from attnmux_vmoba.kernels.launch import attention_forward
 
     result: tuple[torch.Tensor, torch.Tensor] = attention_forward(q, k, v, words, chunks, topk, softmax_scale)
@@ -242,7 +244,8 @@ def _backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     chunks = _chunks(grid, box)
     if choose_engine(engine, KernelRequest(q, k, chunks)) == "reference" or not topk:
-        return reference.attention_backward(dout, q, k, v, out, lse, words, chunks, softmax_scale)
+        with torch.autocast(q.device.type, enabled=False):
+            return reference.attention_backward(dout, q, k, v, out, lse, words, chunks, softmax_scale)
     from attnmux_vmoba.kernels.launch import attention_backward
 
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = attention_backward(

@@ -81,12 +81,14 @@ def summarize_keys(k: torch.Tensor, v: torch.Tensor, block_k: int, feature_map: 
     n_splits = triton.cdiv(n_blocks, blocks_per_split)
     part = torch.empty(pairs, n_splits, d_pad, d_pad, device=k.device, dtype=torch.float32)
     part_mass = torch.empty(pairs, n_splits, d_pad, device=k.device, dtype=torch.float32)
+    # A stage holds a whole block of k and of v in shared memory.
+    stages = max(1, config.stages * 64 // block_k)
     with torch.cuda.device_of(k):
         linear._sla_summarize_kernel[(pairs * n_splits,)](
             k, v, pooled, part, part_mass, *k.stride()[:3], *v.stride()[:3],
             heads, pairs, length, n_blocks, n_splits, blocks_per_split,
             BLOCK=block_k, TILE=min(block_k, config.tile), D=head_dim, D_PAD=d_pad, FEATURE_MAP=feature_map,
-            PHI_SCALE=SOFTMAX_SCALE if feature_map == "softmax" else 1, STAGES=config.stages, num_warps=config.warps)
+            PHI_SCALE=SOFTMAX_SCALE if feature_map == "softmax" else 1, STAGES=stages, num_warps=config.warps)
         state, mass = _reduce(part, part_mass, pairs, head_dim)
     return pooled, state.view(batch, heads, head_dim, head_dim), mass.view(batch, heads, head_dim)
 
