@@ -191,6 +191,16 @@ class AttentionImpl(ABC, Generic[T]):
         self.causal = causal
         self.num_kv_heads = num_kv_heads
         self.prefix = prefix
+        self.head_range = (0, num_heads)
+        self.total_num_heads = num_heads
+
+    def set_head_range(self, first: int, last: int, *, total: int) -> None:
+        """Learn which heads of the layer this impl computes: [first, last) of `total`; the rest is on other ranks.
+
+        Called once, after construction and only under sequence parallelism, where `num_heads` is this rank's share.
+        """
+        self.head_range = (first, last)
+        self.total_num_heads = total
 
     def preprocess_qkv(self, qkv: torch.Tensor, attn_metadata: T | None) -> torch.Tensor:
         """Rearrange q, k or v before attention; the same on each, independent of the batch. Identity by default.

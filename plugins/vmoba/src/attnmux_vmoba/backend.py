@@ -338,10 +338,10 @@ class VMOBAAttentionImpl(AttentionImpl[VMOBAAttentionMetadata]):
                 f"query has head_dim={query.shape[-1]}, but this layer was built with head_size={self.head_size}"
             )
         scope = attn_metadata.moba_threshold_type
-        if scope in COUPLES_HEADS and query.shape[2] != self.num_heads:
+        if scope in COUPLES_HEADS and query.shape[2] != self.total_num_heads:
             raise UnsupportedRequestError(
-                f"query has {query.shape[2]} of the layer's {self.num_heads} heads, and moba_threshold_type={scope!r} shares one "
-                "budget among all heads: under sequence parallelism its result would depend on the number of ranks; use "
+                f"query has {query.shape[2]} of the layer's {self.total_num_heads} heads, and moba_threshold_type={scope!r} "
+                "shares one budget among all heads: under sequence parallelism its result would depend on the number of ranks; use "
                 "'query_head' or 'head_global'"
             )
         kind = attn_metadata.kind_of_layer(self.layer_idx)
