@@ -173,10 +173,10 @@ def test_selection_is_that_of_the_sort(n_q, n_k, topk, protected, order):
     assert torch.equal(got, reference.select(q, k, topk, protected, order))
 
 
-@pytest.mark.parametrize("programs", [1, 2])
-def test_selection_by_few_programs_walks_many_tiles(monkeypatch, programs):
-    monkeypatch.setattr(select, "PROGRAMS", programs)
+@pytest.mark.parametrize("heads_at_once", [1, 2])
+def test_selection_of_a_few_heads_at_a_time_is_that_of_all(monkeypatch, heads_at_once):
     q, k = (torch.randn(1, 3, n, 16, generator=torch.Generator().manual_seed(n)).round() for n in (40, 150))
+    monkeypatch.setattr(select, "SCRATCH_BYTES", heads_at_once * 4 * 40 * 152)
     assert torch.equal(launch_select(q, k, 20, 0, 1.0), reference.select(q, k, 20, 0, 1.0))
 
 

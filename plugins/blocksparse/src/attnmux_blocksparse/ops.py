@@ -99,8 +99,8 @@ def select_top_blocks(
         UnsupportedRequestError: shapes, types, devices or numbers that do not fit.
 
     Numerics: products and sums in float32 (float64 for float64). The GPU's float32 products are made of six products of
-    bfloat16 parts, which agree with plain ones to a few units in the last place; an infinity counts as NaN there. The scores
-    of a few heads lie in memory at a time.
+    bfloat16 parts, which agree with plain ones to a few units in the last place; infinities may count as NaN there. The
+    scores of a few heads lie in memory at a time.
     """
     if pooled_q.dim() != 4 or pooled_k.dim() != 4 or pooled_q.dtype not in (torch.float32, torch.float64):
         raise UnsupportedRequestError(
