@@ -49,6 +49,7 @@ def test_an_unknown_strategy_is_refused():
 
 
 def test_a_backend_without_sequence_parallelism_is_refused():
+    pytest.importorskip("attnmux_blocksparse")
     refused("split over 2 ranks", DistributedAttention, 4, 64, sp_group=TWO, backend="BLOCK_SPARSE_ATTN")
 
 
