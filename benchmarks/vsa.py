@@ -4,9 +4,10 @@
     python benchmarks/vsa.py out.json --device cpu --quick     (a dry run: the reference engine on tiny shapes)
 
 Every number comes after a check: one head of the output and of the gradients against the float64 reference in the same process.
-Peers: torch's dense attention by cuDNN, and fastvideo-kernel's operator where it is importable; its tokens come in tiles,
-which its users pay for separately. The file is written after each measurement. The environment variable COMMIT names
-the commit where there is no git.
+All of ours come before the peers. A CUDA graph's row is the device's time without the host's launches; its output is compared
+bit by bit with that of the call. Peers: torch's dense attention by cuDNN, and fastvideo-kernel's operator where it is
+importable; its tokens come in tiles, which its users pay for separately. The file is written after each measurement. The
+environment variable COMMIT names the commit where there is no git.
 """
 
 import argparse
@@ -63,7 +64,6 @@ def runs_of(case, tiling, tensors, device):
     yield "operator", "forward", torch.no_grad()(lambda: attend(*inputs, tiling))
     out = attend(*leaves, tiling)
     yield "operator", "backward", lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
-    yield "operator, no gate", "forward", torch.no_grad()(lambda: attend(*inputs[:3], None, tiling))
     volume, sizes = case.block_q, tiling.variable_block_sizes
     blocks = select_tiles(*inputs[:2], tiling).int()
     index = BlockIndex(
@@ -81,6 +81,20 @@ def runs_of(case, tiling, tensors, device):
         "fine kernel alone", "backward",
         lambda: torch.autograd.grad(fine, tiled_leaves, tiled[3], retain_graph=True),
     )  # fmt: skip
+    yield "operator, no gate", "forward", torch.no_grad()(lambda: attend(*inputs[:3], None, tiling))
+
+
+def captured(run):
+    """The replay of a CUDA graph of a function: its time without that of the host's launches."""
+    expected = run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    graph.replay()
+    if not torch.equal(out, expected):
+        raise RuntimeError("the graph's output is not that of the call it was captured from")
+    return graph.replay
 
 
 def peak_of_step(run, tensors):
@@ -127,81 +141,123 @@ def fastvideo_rows(case, tiling, tensors, pairs, clock, environment, budget_s):
     yield row("backward", lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
 
 
+class Run:
+    """One run of the benchmark: clock, rows so far, and the file that they are written to after each number."""
+
+    def __init__(self, arguments):
+        device = torch.device(arguments.device)
+        if device.type == "cuda":
+            device = torch.device("cuda", device.index or 0)
+            torch.cuda.set_device(device)
+        self.device, self.output = device, arguments.output
+        self.budget_s = 0.02 if arguments.quick else arguments.budget
+        self.clock, self.environment = make_clock(device), describe_environment(device, commit=os.environ.get("COMMIT"))
+        self.rows, self.started = [], time.monotonic()
+
+    def seconds(self):
+        return time.monotonic() - self.started
+
+    def say(self, text):
+        sys.stdout.write(f"{self.seconds():6.1f} s  {text}\n")
+        sys.stdout.flush()
+
+    def add(self, row):
+        self.rows.append(row)
+        write_rows(self.output, self.rows)
+        number = f"{row['median_ms']:.3f} ms" if row["median_ms"] else row.get("refused")
+        self.say(f"  {row['backend']} {row['engine']}, {row['direction']}: {number}")
+
+    def add_or_refuse(self, case, rows, *, backend, engine, is_peer):
+        """Add rows as they come; an error is the row of what raised it, and the others go on."""
+        try:
+            for row in rows():
+                self.add(row)
+        except Exception as error:  # noqa: BLE001
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+            for row in refused_rows(
+                case, self.environment, backend=backend, engine=engine, is_peer=is_peer, refused=text
+            ):
+                self.add(row)
+
+    def measure_ours(self, case):
+        """Check a case, then add our rows."""
+        tiling, tensors = make_tiling(case, self.device), draw(case, self.device)
+        errors = check(tiling, tensors)
+        is_green = max(errors.values()) <= LIMIT
+        self.say(f"{case.name} {case.lists}: {errors}")
+        pairs = TilePattern(tiling, select_tiles(*tensors[:2], tiling)).pairs()
+        extra = {}
+        if self.device.type == "cuda":
+            extra = {
+                "peak_bytes_of_step": peak_of_step(lambda *x: attend(*x, tiling), tensors),
+                "peak_bytes_of_dense_step": peak_of_step(dense_attention, [*tensors[:3], tensors[4]]),
+            }
+            self.say(f"  {extra}")
+
+        def row(engine, direction, run):
+            timing = measure(run, self.clock, budget_s=self.budget_s) if is_green else None
+            refused = "" if is_green else f"errors {errors} exceed {LIMIT}"
+            return {
+                **make_row(
+                    case, direction, self.environment, backend=OURS, engine=engine,
+                    gate="green" if is_green else "red", errors=errors, timing=timing, pairs=pairs, refused=refused,
+                ),
+                **extra,
+            }  # fmt: skip
+
+        if self.device.type == "cuda":
+            engine, whole = "operator, CUDA graph", torch.no_grad()(lambda: attend(*tensors[:4], tiling))
+            self.add_or_refuse(
+                dataclasses.replace(case, directions=("forward",)),
+                lambda: [row(engine, "forward", captured(whole))],
+                backend=OURS, engine=engine, is_peer=False,
+            )  # fmt: skip
+        for engine, direction, run in runs_of(case, tiling, tensors, self.device):
+            self.add(row(engine, direction, run))
+
+    def measure_fastvideo(self, case):
+        tiling, tensors = make_tiling(case, self.device), draw(case, self.device)
+        pairs = TilePattern(tiling, select_tiles(*tensors[:2], tiling)).pairs()
+        rows = fastvideo_rows(case, tiling, tensors, pairs, self.clock, self.environment, self.budget_s)
+        self.add_or_refuse(case, lambda: rows, backend="FASTVIDEO", engine="triton, tokens in tiles", is_peer=True)
+
+    def measure_dense(self, case):
+        dense = Case(name=case.name, S_q=case.S_q, H=case.H, D=case.D, dtype=case.dtype)
+        self.add_or_refuse(
+            dense,
+            lambda: measure_workload(
+                DENSE_PEERS["SDPA", "cudnn"](dense), self.clock, self.environment, device=self.device,
+                budget_s=self.budget_s,
+            ),
+            backend="SDPA", engine="cudnn", is_peer=True,
+        )  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few runs")
     parser.add_argument("--budget", type=float, default=0.2, help="seconds for the timed runs of one number")
-    parser.add_argument("--limit", type=float, default=165.0, help="seconds after which no case is begun")
+    parser.add_argument("--limit", type=float, default=165.0, help="seconds after which nothing is begun")
     arguments = parser.parse_args()
-    started = time.monotonic()
-    device = torch.device(arguments.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)
-    budget_s = 0.02 if arguments.quick else arguments.budget
-    clock, environment = make_clock(device), describe_environment(device, commit=os.environ.get("COMMIT"))
-    rows = []
-
-    def add(row):
-        rows.append(row)
-        write_rows(arguments.output, rows)
-        number = f"{row['median_ms']:.3f} ms" if row["median_ms"] else row.get("refused")
-        sys.stdout.write(
-            f"{time.monotonic() - started:6.1f} s    {row['backend']} {row['engine']}, {row['direction']}: {number}\n"
-        )
-        sys.stdout.flush()
-
-    for case in CASES[OURS]:
-        title = f"{case.name} {case.lists}"
-        if time.monotonic() - started > arguments.limit:
-            sys.stdout.write(f"{title}: not begun, {arguments.limit:g} s are over\n")
+    run = Run(arguments)
+    cases = [case.shrunk() if arguments.quick else case for case in CASES[OURS]]
+    if run.device.type == "cpu":
+        cases = [dataclasses.replace(case, dtype="float32") for case in cases]
+    # ours first, so that no peer's compilation takes the time of a case; dense attention once for a length
+    lengths = {case.S_q: case for case in reversed(cases)}
+    steps = [
+        *(("ours", run.measure_ours, case) for case in cases),
+        *(("SDPA", run.measure_dense, case) for case in reversed(lengths.values())),
+        *(("FASTVIDEO", run.measure_fastvideo, case) for case in cases),
+    ]
+    for name, step, case in steps:
+        if run.seconds() > arguments.limit:
+            run.say(f"{name}, {case.name} {case.lists}: not begun, {arguments.limit:g} s are over")
             continue
-        if arguments.quick:
-            case = case.shrunk()
-        if device.type == "cpu":
-            case = dataclasses.replace(case, dtype="float32")
-        tiling, tensors = make_tiling(case, device), draw(case, device)
-        errors = check(tiling, tensors)
-        is_green = max(errors.values()) <= LIMIT
-        sys.stdout.write(f"{time.monotonic() - started:6.1f} s  {title}: {errors}\n")
-        pairs = TilePattern(tiling, select_tiles(*tensors[:2], tiling)).pairs()
-        extra = {}
-        if device.type == "cuda":
-            extra = {
-                "peak_bytes_of_step": peak_of_step(lambda *x, t=tiling: attend(*x, t), tensors),
-                "peak_bytes_of_dense_step": peak_of_step(dense_attention, [*tensors[:3], tensors[4]]),
-            }
-            sys.stdout.write(f"          {extra}\n")
-        for engine, direction, run in runs_of(case, tiling, tensors, device):
-            timing = measure(run, clock, budget_s=budget_s) if is_green else None
-            add({
-                **make_row(
-                    case, direction, environment, backend=OURS, engine=engine, gate="green" if is_green else "red",
-                    errors=errors, timing=timing, pairs=pairs, refused="" if is_green else f"errors {errors} exceed {LIMIT}",
-                ),
-                **extra,
-            })  # fmt: skip
-        dense = Case(name=case.name, S_q=case.S_q, H=case.H, D=case.D, dtype=case.dtype)
-        for name, engine, make in (
-            ("FASTVIDEO", "triton, tokens in tiles", None),
-            ("SDPA", "cudnn", DENSE_PEERS["SDPA", "cudnn"]),
-        ):
-            try:
-                if make is None:
-                    found = fastvideo_rows(case, tiling, tensors, pairs, clock, environment, budget_s)
-                else:
-                    found = measure_workload(make(dense), clock, environment, device=device, budget_s=budget_s)
-                for row in found:
-                    add(row)
-            # whatever a competitor raises is its row, and the others go on
-            except Exception as error:  # noqa: BLE001, PERF203
-                text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-                for row in refused_rows(case, environment, backend=name, engine=engine, is_peer=True, refused=text):
-                    add(row)
-        del tensors
-        if device.type == "cuda":
+        step(case)
+        if run.device.type == "cuda":
             torch.cuda.empty_cache()
     return 0
 

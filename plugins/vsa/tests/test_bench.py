@@ -14,7 +14,7 @@ from attnmux_vsa.bench import CASES, VIDEOS, make_tiling, prepare
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("case", CASES["VIDEO_SPARSE_ATTN"][1:5:3])
+@pytest.mark.parametrize("case", CASES["VIDEO_SPARSE_ATTN"][0:5:4])
 def test_the_gate_knows_which_tiles_the_bench_inputs_choose(case):
     case = dataclasses.replace(case.shrunk(), keep=0.3, dtype="float32", directions=("forward",))
     prepared = prepare("VIDEO_SPARSE_ATTN", case, CPU)
@@ -36,6 +36,14 @@ def test_a_case_has_the_grid_of_its_video():
         tiling = make_tiling(video.case(), CPU)
         assert tiling.dit_seq_shape == video.grid
         assert tiling.topk == -(-len(tiling.variable_block_sizes) // 10)
+
+
+@pytest.mark.parametrize("case", CASES["VIDEO_SPARSE_ATTN"], ids=lambda case: f"{case.name}_{case.lists}")
+def test_a_shrunk_case_is_not_mostly_padding(case):
+    case = case.shrunk()
+    tiling = make_tiling(case, CPU)
+    assert tiling.total_seq_length == case.S_q
+    assert tiling.token_of_slot.numel() <= 2.5 * case.S_q
 
 
 def test_other_cases_are_refused():

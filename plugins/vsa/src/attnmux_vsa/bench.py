@@ -68,17 +68,23 @@ def make_tiling(case: Case, device: torch.device) -> VideoTiling:
     """Return the tiling of a case.
 
     Raises:
-        UnsupportedRequestError: It is none of `VIDEOS`, and its length is no grid that its name says.
+        UnsupportedRequestError: It is none of `VIDEOS`, whole or shrunk.
     """
     known = {(video.name, video.case().lists): video for video in VIDEOS}
     video = known.get((case.name, case.lists))
     if video is None:
         raise UnsupportedRequestError(f"case {case.name!r} with lists={case.lists!r} is not one of {list(known)}")
-    # a shrunk case is one row of tokens
-    grid = video.grid if math.prod(video.grid) == case.S_q else (1, 1, case.S_q)
+    grid = video.grid if math.prod(video.grid) == case.S_q else _small_grid(case.S_q)
     return build_video_tiling(
         grid, sparsity=1 - case.keep, tile_size=video.tile_size, tile_policy=video.tile_policy, device=device
     )
+
+
+def _small_grid(tokens: int) -> Triple:
+    """The grid of a shrunk case: the box of so many tokens that is nearest to a cube, so that tiles are not mostly padding."""
+    divisors = [n for n in range(1, tokens + 1) if tokens % n == 0]
+    boxes = [(a, b, tokens // a // b) for a in divisors for b in divisors if tokens // a % b == 0]
+    return min(boxes, key=lambda box: (sum(box), box))
 
 
 def prepare(backend: str, case: Case, device: torch.device) -> Prepared:
