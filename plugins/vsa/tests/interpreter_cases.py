@@ -59,3 +59,26 @@ def test_coarse_attention_and_its_gradients(n_tiles, heads, heads_k):
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
     for got, exact in zip(grads, torch.autograd.grad(want, leaves, dout), strict=True):
         torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_backward_keeps_tiles_and_not_the_raster_tensors(gated):
+    """The large tensors kept are q, k, v in tiles, the fine branch and the gate; the rest is of the means' size."""
+    q, k, v, gate, _, tiling = make_tensors(BASE.but(grid=(8, 8, 8), gate=gated))
+    for x in (q, k, v, *([gate] if gated else [])):
+        x.requires_grad_()
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        ops._by_kernels(q, k, v, tiling, tiling.topk, 0.2, gate, None)
+    places = {x.untyped_storage().data_ptr() for x in (q, k, v)}
+    assert not places & set(kept)
+    sizes = [x.untyped_storage().nbytes() for x in kept.values()]
+    whole = q.untyped_storage().nbytes()
+    large = [size for size in sizes if size > whole // 8]
+    assert large == [whole] * (5 if gated else 4)
+    assert sum(sizes) - sum(large) < whole // 2
