@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -28,6 +29,7 @@ __all__ = [
     "AttentionMetadata",
     "AttentionMetadataBuilder",
     "DenseMetadataBuilder",
+    "layer_index",
 ]
 
 REQUIRED_METHODS = ("get_name", "get_impl_cls", "get_metadata_cls", "get_builder_cls", "get_supported_head_sizes")
@@ -234,3 +236,24 @@ class AttentionImpl(ABC, Generic[T]):
         Returns:
             `[B, S_q, H, D]` in the dtype of `query`.
         """
+
+
+def layer_index(prefix: str, layer_idx: int | None = None) -> int | None:
+    """Return the index of a layer, for impls that act by it.
+
+    Args:
+        prefix: Name of the layer in its model; the number after a component "blocks" is the index.
+        layer_idx: The index itself, >= 0, instead.
+
+    Returns:
+        The index, from 0; None if neither says it.
+
+    Raises:
+        UnsupportedRequestError: `layer_idx` is not an integer >= 0.
+    """
+    if layer_idx is None:
+        found = re.search(r"(?:^|\.)blocks\.(\d+)(?:\.|$)", prefix)
+        return int(found[1]) if found else None
+    if not isinstance(layer_idx, int) or isinstance(layer_idx, bool) or layer_idx < 0:
+        raise UnsupportedRequestError(f"layer_idx={layer_idx!r} must be an integer >= 0")
+    return layer_idx

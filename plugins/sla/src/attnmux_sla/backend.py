@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from attnmux.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
+from attnmux.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, layer_index
 from attnmux.errors import UnsupportedRequestError
 from attnmux_sla.kernels import ENGINES, HALF_TYPES
 from attnmux_sla.ops import sparse_linear_attention
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["SLAAttentionBackend", "SLAAttentionImpl", "SLAAttentionMetadata", "SLAAttentionMetadataBuilder"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_LAYER_INDEX = re.compile(r"(?:^|\.)blocks\.(\d+)(?:\.|$)")
 
 
 @dataclass
@@ -180,8 +178,7 @@ class SLAAttentionImpl(AttentionImpl[SLAAttentionMetadata], nn.Module):
         self.half_dtype = torch.bfloat16 if use_bf16 else torch.float16
         self.linear_keys = linear_keys
         self.negligible_ratio = negligible_ratio
-        found = _LAYER_INDEX.search(prefix)
-        self.layer_idx = int(found[1]) if layer_idx is None and found else layer_idx
+        self.layer_idx = layer_index(prefix, layer_idx)
         self.engine = engine
         self.router = _part("router", router, {"mean": None, "learned": LearnedRouter}, head_size)
         self.combine = _part("combine", combine, {"project": None, "alpha": AlphaMix}, head_size)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from attnmux.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
+from attnmux.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, layer_index
 from attnmux.backends.sdpa import SDPAImpl
 from attnmux.errors import ForwardContextError, UnsupportedRequestError
 from attnmux_vmoba.kernels import ENGINES
@@ -358,17 +357,13 @@ class VMOBAAttentionImpl(AttentionImpl[VMOBAAttentionMetadata]):
 
 
 def _layer_index(prefix: str, layer_idx: int | None) -> int:
-    if layer_idx is not None:
-        if not isinstance(layer_idx, int) or isinstance(layer_idx, bool) or layer_idx < 0:
-            raise UnsupportedRequestError(f"layer_idx={layer_idx!r} must be an integer >= 0")
-        return layer_idx
-    found = re.search(r"(?:^|\.)blocks\.(\d+)(?:\.|$)", prefix)
-    if found is None and prefix:
+    index = layer_index(prefix, layer_idx)
+    if index is None and prefix:
         raise UnsupportedRequestError(
             f"prefix={prefix!r} names no layer as blocks.<i>, and VMOBA_ATTN chooses its kind of chunk by the layer's index; "
             "pass layer_idx="
         )
-    return int(found[1]) if found else 0
+    return index or 0
 
 
 class VMOBAAttentionBackend(AttentionBackend):

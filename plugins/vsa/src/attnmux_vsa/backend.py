@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnmux.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
+from attnmux.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, layer_index
 from attnmux.backends.sdpa import SDPAImpl
 from attnmux.errors import UnsupportedRequestError
 from attnmux_vsa.ops import check_call, check_conform, check_metadata, video_sparse_attention
@@ -130,12 +129,7 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
                 "VIDEO_SPARSE_ATTN cannot run causal=True: tiles reach over several frames and every token of a kept "
                 "tile is attended; use TORCH_SDPA or FLASH_ATTN for a causal layer"
             )
-        if layer_idx is None:
-            found = re.search(r"blocks\.(\d+)", prefix)
-            layer_idx = int(found[1]) if found else None
-        elif not isinstance(layer_idx, int) or isinstance(layer_idx, bool) or layer_idx < 0:
-            raise UnsupportedRequestError(f"layer_idx={layer_idx!r} must be an integer >= 0")
-        self.layer_idx = layer_idx
+        self.layer_idx = layer_index(prefix, layer_idx)
         self.conform = check_conform(conform)
         self._dense = SDPAImpl(num_heads, head_size, softmax_scale, num_kv_heads=num_kv_heads)
 
