@@ -109,11 +109,6 @@ def attend_chunks(
     # comparisons rather than math.isfinite, which cannot be traced with a dynamic scale; NaN fails them too
     if not -math.inf < scale < math.inf:
         raise UnsupportedRequestError(f"softmax_scale must be finite, got {softmax_scale!r}")
-    if engine == "triton" and (how.mode != "topk" or how.scope != "query_head"):
-        raise UnsupportedRequestError(
-            f"engine 'triton' cannot run this call: mode {how.mode!r} with scope {how.scope!r} gives queries different numbers of "
-            "chunks, and the kernels take one number for all; use engine='reference', or mode 'topk' with scope 'query_head'"
-        )
     words = _select(q, k, chunks, how, engine)
     every_query_keeps = how.topk if how.mode == "topk" and how.scope == "query_head" else 0
     out, _ = torch.ops.attnmux_vmoba.forward(
@@ -182,7 +177,7 @@ def _select_op(
     engine: str,
 ) -> torch.Tensor:
     chunks, how = _chunks(grid, box), Selection(mode, scope, topk, threshold, keeps_one)
-    # scopes over many queries need their gates in memory, which the reference has
+    # budgets over many queries need their gates in memory, which the reference has
     if choose_engine(engine, KernelRequest(q, k, chunks)) == "reference" or scope != "query_head":
         with torch.autocast(q.device.type, enabled=False):
             return reference.select_bits(q, k, chunks, how)
@@ -211,7 +206,7 @@ def _forward_op(
     engine: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     chunks = _chunks(grid, box)
-    if choose_engine(engine, KernelRequest(q, k, chunks)) == "reference" or not topk:
+    if choose_engine(engine, KernelRequest(q, k, chunks)) == "reference":
         with torch.autocast(q.device.type, enabled=False):
             return reference.attention_forward(q, k, v, words, chunks, softmax_scale)
     from attnmux_vmoba.kernels.launch import attention_forward
@@ -243,7 +238,7 @@ def _backward_op(
     engine: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     chunks = _chunks(grid, box)
-    if choose_engine(engine, KernelRequest(q, k, chunks)) == "reference" or not topk:
+    if choose_engine(engine, KernelRequest(q, k, chunks)) == "reference":
         with torch.autocast(q.device.type, enabled=False):
             return reference.attention_backward(dout, q, k, v, out, lse, words, chunks, softmax_scale)
     from attnmux_vmoba.kernels.launch import attention_backward
