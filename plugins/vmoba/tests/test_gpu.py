@@ -12,7 +12,6 @@ from attnmux.testing import (
     measure_error,
 )
 from attnmux_vmoba import moba_attention, select_chunks
-from attnmux_vmoba.kernels import launch
 from attnmux_vmoba.ops import attend_chunks
 from attnmux_vmoba.prepare import Selection, from_chunk_order, pack_bits, resolve_chunks, self_chunks
 from attnmux_vmoba.reference import choose_chunks, gate_chunks
@@ -109,6 +108,8 @@ def assert_call_is_right(run, inputs, mask):
 @pytest.fixture(params=["operator", "indexed"])
 def path(request, monkeypatch):
     """Both ways to attend with a top-k per query, whatever the chunks."""
+    from attnmux_vmoba.kernels import launch
+
     monkeypatch.setattr(launch, "OPERATOR_CHUNK_TOKENS", 0 if request.param == "operator" else 10**9)
 
 
@@ -145,6 +146,8 @@ def test_every_mode_and_scope_agrees_with_the_dense_mask(mode, scope):
 @pytest.mark.parametrize("name", ["temporal_short", "spatial_padded", "st_small", "st_many_chunks", "head_80", "head_256"])
 def test_thresholds_agree_with_the_dense_mask(name, least_kept, monkeypatch):
     """With room for all pairs, and with units that have none."""
+    from attnmux_vmoba.kernels import launch
+
     monkeypatch.setattr(launch, "LEAST_KEPT", least_kept)
     inputs, chunks, options = make(name)
     options |= {"select_mode": "threshold", "threshold": 0.5, "engine": "triton"}

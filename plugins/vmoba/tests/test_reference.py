@@ -177,11 +177,9 @@ def test_bits_come_back(chunks):
 def test_a_named_engine_never_falls_back():
     q, k, v, _ = make_tensors(dtype=torch.float32)
     options = {"patch_resolution": GRID, "chunk_size": (2, 3), "engine": "triton"}
-    with pytest.raises(
-        UnsupportedRequestError, match="'threshold' with scope 'query_head' gives queries different numbers"
-    ):
-        moba_attention(q, k, v, **options, select_mode="threshold")
     with pytest.raises(UnsupportedRequestError, match="the scope is 'overall'"):
         select_chunks(q, k, **options, threshold_type="overall")
+    with pytest.raises(UnsupportedRequestError, match="the scope is 'block'"):
+        moba_attention(q, k, v, **options, select_mode="threshold", threshold_type="block")
     with pytest.raises(UnsupportedRequestError, match="engine 'triton' cannot run this call.*NVIDIA GPU is needed"):
         moba_attention(q, k, v, **options)
