@@ -71,7 +71,7 @@ def test_lower_precision_obeys_the_error_rule(dtype, magnitude):
 def test_gradients_pass_gradcheck():
     q, k, v, _ = make_tensors(B=1, D=3, seed=3, heads_kv=1)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    assert torch.autograd.gradcheck(lambda *x: run(*x, (2, 2, 3), "topk", "query_head", topk=2)[:, ::17], leaves)
+    assert torch.autograd.gradcheck(lambda *x: run(*x, (2, 2, 3), "topk", "query_head", topk=2)[:, ::48], leaves)
 
 
 @pytest.mark.parametrize("heads_kv", [1, 2])

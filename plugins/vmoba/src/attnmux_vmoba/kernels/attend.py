@@ -17,18 +17,21 @@ from attnmux_vmoba.kernels.configs import AttendConfig
 from attnmux_vmoba.kernels.geometry import load_rows, store_rows
 
 LOG2_E = 1.4426950408889634
+# rows of a tile of `sort`
+FULL_TILE = 128
 
 
 @triton.jit
 def rows_of_tile(
-    order_ptr, start_ptr, size_ptr, raster_ptr, unit, tile, n_units, n_rows, n_chunks, unit_tokens, length,
-    CROWDED: tl.constexpr, TILE: tl.constexpr, COLS: tl.constexpr,
+    order_ptr, tile_ptr, raster_ptr, unit, n_units, n_rows, unit_tokens, length,
+    CROWDED: tl.constexpr, TILE: tl.constexpr, FULL_TILE: tl.constexpr,
 ):
-    """Numbers of the rows of a tile, which are rows at all, their raster positions, and the chunk (unless crowded).
+    """Numbers of the rows of a program, which are rows at all, their raster positions, and the chunk (unless crowded).
 
-    The number of a row is its place among the sorted pairs, or its token where the unit is crowded.
+    The number of a row is its place among the sorted pairs, or its token where the unit is crowded. A program takes TILE of the
+    FULL_TILE rows of a tile.
     """
-    offs = tile * TILE + tl.arange(0, TILE)
+    offs = tl.program_id(0) * TILE + tl.arange(0, TILE)
     if CROWDED:
         numbers = unit % n_units * unit_tokens + offs
         is_row = (offs < unit_tokens) & (numbers < length)
@@ -36,12 +39,9 @@ def rows_of_tile(
         raster = tl.load(raster_ptr + numbers, mask=is_row, other=0)
     else:
         numbers = offs
-        cols = tl.arange(0, COLS)
-        starts = tl.load(start_ptr + unit * n_chunks + cols, mask=cols < n_chunks, other=0x7FFFFFFF)
-        # of chunks without queries, which start where the next one does, none is the last of those that started
-        chunk = tl.sum((starts <= tile * TILE).to(tl.int32), 0) - 1
-        start = tl.load(start_ptr + unit * n_chunks + chunk)
-        is_row = offs < start + tl.load(size_ptr + unit * n_chunks + chunk)
+        at = tile_ptr + (unit * (n_rows // FULL_TILE) + tl.program_id(0) * TILE // FULL_TILE) * 2
+        chunk = tl.load(at)
+        is_row = offs % FULL_TILE < tl.load(at + 1)
         raster = tl.load(order_ptr + unit * n_rows + offs, mask=is_row, other=0)
     return numbers, is_row, raster, chunk
 
@@ -71,8 +71,10 @@ def key_rows(raster_ptr, first, start, n_keys, IS_RUN: tl.constexpr, MASK_K: tl.
 def load_keys(ptr, keys, is_key, stride_s, MASK_K: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
     """Rows of keys or values; only masked where something can be missing."""
     if MASK_K or D_PAD != D:
-        return load_rows(ptr, keys, is_key, stride_s, D, D_PAD)
-    return tl.load(ptr + keys.to(tl.int64)[:, None] * stride_s + tl.arange(0, D)[None, :])
+        rows = load_rows(ptr, keys, is_key, stride_s, D, D_PAD)
+    else:
+        rows = tl.load(ptr + keys.to(tl.int64)[:, None] * stride_s + tl.arange(0, D_PAD)[None, :])
+    return rows
 
 
 @triton.jit
@@ -104,22 +106,22 @@ def _attend_chunk(
 @triton.jit(do_not_specialize=["first_unit", "n_units", "n_heads", "n_rows", "n_chunks", "n_words", "unit_tokens",
                                "chunk_tokens", "length"])
 def _vmoba_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, dst_ptr, lse_ptr, order_ptr, start_ptr, size_ptr, crowded_ptr, raster_ptr, word_ptr,
+    q_ptr, k_ptr, v_ptr, dst_ptr, lse_ptr, order_ptr, tile_ptr, crowded_ptr, raster_ptr, word_ptr,
     stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     stride_dst_b, stride_dst_s, stride_dst_h,
     first_unit, n_units, n_heads, n_rows, n_chunks, n_words, unit_tokens, chunk_tokens, length, scale_log2,
     GROUP: tl.constexpr, CROWDED: tl.constexpr, IS_RUN: tl.constexpr, MASK_K: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, FULL_TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STAGES: tl.constexpr,
 ):
     unit = (first_unit + tl.program_id(1)).to(tl.int64)
-    if (tl.load(crowded_ptr + unit) != 0) != CROWDED:
-        return
+    if CROWDED:
+        if tl.load(crowded_ptr + unit) == 0:
+            return
     bh = unit // n_units
     batch = bh // n_heads
     head = bh % n_heads
     numbers, is_row, raster, chunk = rows_of_tile(
-        order_ptr, start_ptr, size_ptr, raster_ptr, unit, tl.program_id(0), n_units, n_rows, n_chunks, unit_tokens, length,
-        CROWDED, TILE, COLS)
+        order_ptr, tile_ptr, raster_ptr, unit, n_units, n_rows, unit_tokens, length, CROWDED, TILE, FULL_TILE)
     if tl.max(is_row.to(tl.int32), 0) == 0:
         return
     q = load_rows(q_ptr + batch * stride_q_b + head * stride_q_h, raster, is_row, stride_q_s, D, D_PAD)
@@ -152,28 +154,33 @@ def _vmoba_fwd_kernel(
     tl.store(lse_ptr + numbers, (m + tl.log2(l)) * 0.6931471805599453, mask=is_row)
 
 
-def launch_parts(q, k, v, words, pairs, parts, part_lse, first_unit, chunks, *, softmax_scale, config: AttendConfig) -> None:
+def launch_parts(q, k, v, words, pairs, tiles, parts, part_lse, first_unit, chunks, *, softmax_scale, config: AttendConfig) -> None:
     """Fill parts `[units of the slice, n_rows, D]` and their LSE from the units from `first_unit` on that are not crowded."""
     strides = (0, parts.stride(1), 0)
     grid = (parts.shape[1] // config.rows, parts.shape[0])
-    _launch(q, k, v, words, pairs, parts, part_lse, strides, first_unit, chunks, softmax_scale, config, grid, crowded=False)
+    _launch(q, k, v, words, pairs, tiles, parts, part_lse, strides, first_unit, chunks, softmax_scale, config, grid, crowded=False)
 
 
 def launch_crowded(q, k, v, words, pairs, out, lse, chunks, *, softmax_scale, config: AttendConfig) -> None:
     """Fill the rows of out `[B, S, H, D]` and lse `[B, H, S]`, tokens in chunk order, of the crowded units."""
     grid = (triton.cdiv(pairs.unit_tokens, config.rows), pairs.units)
-    _launch(q, k, v, words, pairs, out, lse, out.stride()[:3], 0, chunks, softmax_scale, config, grid, crowded=True)
+    _launch(q, k, v, words, pairs, pairs.order, out, lse, out.stride()[:3], 0, chunks, softmax_scale, config, grid, crowded=True)
 
 
-def _launch(q, k, v, words, pairs, dst, lse, strides, first_unit, chunks, softmax_scale, config, grid, *, crowded):
+def _launch(q, k, v, words, pairs, tiles, dst, lse, strides, first_unit, chunks, softmax_scale, config, grid, *, crowded):
     heads, D = q.shape[2:]
     _vmoba_fwd_kernel[grid](
-        q, k, v, dst, lse, pairs.order, pairs.starts, pairs.sizes, pairs.crowded, pairs.raster, words,
+        q, k, v, dst, lse, pairs.order, tiles, pairs.crowded, pairs.raster, words,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,
         first_unit, pairs.per_head, heads, pairs.order.shape[3], chunks.num_chunks, words.shape[2], pairs.unit_tokens,
         chunks.chunk_tokens, chunks.length, softmax_scale * LOG2_E,
         GROUP=heads // k.shape[2], CROWDED=crowded, **chunk_constants(chunks, config.keys, D),
-        TILE=config.rows, STAGES=config.stages, num_warps=config.warps)
+        TILE=config.rows, FULL_TILE=FULL_TILE, STAGES=stages_over_keys(chunks, config), num_warps=config.warps)
+
+
+def stages_over_keys(chunks, config: AttendConfig) -> int:
+    """Stages of a loop over keys: one more where their rows are found by an index, which is loaded a step earlier."""
+    return config.stages + (not chunks.is_raster)
 
 
 def chunk_constants(chunks, block: int, head_dim: int):
@@ -182,7 +189,6 @@ def chunk_constants(chunks, block: int, head_dim: int):
         "IS_RUN": chunks.is_raster,
         "MASK_K": chunks.chunk_tokens % block != 0 or chunks.length % chunks.chunk_tokens != 0,
         "BLOCK": block,
-        "COLS": max(16, triton.next_power_of_2(chunks.num_chunks)),
         "D": head_dim,
         "D_PAD": triton.next_power_of_2(head_dim),
     }

@@ -24,7 +24,8 @@ def select_config(cols: int) -> SelectConfig:
 
 @dataclass(frozen=True)
 class AttendConfig:
-    """Attention of the rows of sorted pairs. rows: of a tile, a divisor of 128. keys: per step. warps, stages: of the kernel."""
+    """Attention of the rows of sorted pairs. rows: of a tile, a divisor of 128. keys: per step. stages: steps whose rows are in
+    shared memory at once. warps: of the kernel."""
 
     rows: int
     keys: int
@@ -43,7 +44,6 @@ class AttendConfigs:
 
 def attend_configs(head_dim_padded: int) -> AttendConfigs:
     """The table row for a head size, rounded up to a power of two."""
-    # Rows are loaded by an index that is loaded itself: three stages hold two steps of rows.
     if head_dim_padded > 128:
-        return AttendConfigs(AttendConfig(64, 32, 4, 3), AttendConfig(32, 32, 4, 3), AttendConfig(32, 32, 4, 3))
-    return AttendConfigs(AttendConfig(128, 64, 4, 3), AttendConfig(64, 64, 4, 3), AttendConfig(64, 64, 4, 3))
+        return AttendConfigs(AttendConfig(64, 32, 4, 2), AttendConfig(32, 32, 4, 2), AttendConfig(32, 32, 4, 2))
+    return AttendConfigs(AttendConfig(128, 64, 4, 2), AttendConfig(64, 64, 4, 2), AttendConfig(64, 64, 4, 2))

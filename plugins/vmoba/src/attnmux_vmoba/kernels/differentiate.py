@@ -12,7 +12,16 @@ import torch
 import triton
 import triton.language as tl
 
-from attnmux_vmoba.kernels.attend import LOG2_E, chunk_constants, is_member, key_rows, load_keys, rows_of_tile
+from attnmux_vmoba.kernels.attend import (
+    FULL_TILE,
+    LOG2_E,
+    chunk_constants,
+    is_member,
+    key_rows,
+    load_keys,
+    rows_of_tile,
+    stages_over_keys,
+)
 from attnmux_vmoba.kernels.configs import AttendConfig
 from attnmux_vmoba.kernels.geometry import load_rows, store_rows
 
@@ -75,7 +84,7 @@ def _vmoba_bwd_dkdv_kernel(
     stride_do_b, stride_do_s, stride_do_h, stride_dk_b, stride_dk_s, stride_dk_h,
     n_units, n_pairs, n_heads_k, n_rows, n_chunks, n_words, n_blocks, unit_tokens, chunk_tokens, length, scale_log2, scale,
     GROUP: tl.constexpr, MAY_CROWD: tl.constexpr, IS_RUN: tl.constexpr, MASK_K: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):
     # The first slots of every head come first, then the others head by head. A chunk has n_blocks slots.
     pid = tl.program_id(0)
@@ -149,23 +158,22 @@ def _differentiate_chunk(
 @triton.jit(do_not_specialize=["first_unit", "n_units", "n_heads", "n_rows", "n_chunks", "n_words", "unit_tokens",
                                "chunk_tokens", "length"])
 def _vmoba_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, dst_ptr, lse2_ptr, delta_ptr,
-    order_ptr, start_ptr, size_ptr, crowded_ptr, raster_ptr, word_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, dst_ptr, lse2_ptr, delta_ptr, order_ptr, tile_ptr, crowded_ptr, raster_ptr, word_ptr,
     stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     stride_do_b, stride_do_s, stride_do_h, stride_dst_b, stride_dst_s, stride_dst_h,
     first_unit, n_units, n_heads, n_rows, n_chunks, n_words, unit_tokens, chunk_tokens, length, scale_log2, scale,
     GROUP: tl.constexpr, CROWDED: tl.constexpr, IS_RUN: tl.constexpr, MASK_K: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, FULL_TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STAGES: tl.constexpr,
 ):
     unit = (first_unit + tl.program_id(1)).to(tl.int64)
-    if (tl.load(crowded_ptr + unit) != 0) != CROWDED:
-        return
+    if CROWDED:
+        if tl.load(crowded_ptr + unit) == 0:
+            return
     bh = unit // n_units
     batch = bh // n_heads
     head = bh % n_heads
     numbers, is_row, raster, chunk = rows_of_tile(
-        order_ptr, start_ptr, size_ptr, raster_ptr, unit, tl.program_id(0), n_units, n_rows, n_chunks, unit_tokens, length,
-        CROWDED, TILE, COLS)
+        order_ptr, tile_ptr, raster_ptr, unit, n_units, n_rows, unit_tokens, length, CROWDED, TILE, FULL_TILE)
     if tl.max(is_row.to(tl.int32), 0) == 0:
         return
     q = load_rows(q_ptr + batch * stride_q_b + head * stride_q_h, raster, is_row, stride_q_s, D, D_PAD)
@@ -220,31 +228,30 @@ def launch_dkdv(
         pairs.per_head, batch * heads_k, heads_k, pairs.order.shape[3], C, words.shape[2], blocks, pairs.unit_tokens,
         chunks.chunk_tokens, chunks.length, softmax_scale * LOG2_E, softmax_scale,
         GROUP=heads // heads_k, MAY_CROWD=may_crowd, **chunk_constants(chunks, config.keys, D), TILE=config.rows,
-        STAGES=config.stages, EARLY=EARLY_CHUNKS, num_warps=config.warps)
+        STAGES=config.stages + 1, EARLY=EARLY_CHUNKS, num_warps=config.warps)
 
 
 def launch_dq_parts(
-    q, k, v, dout, stats, words, pairs, parts, first_unit, chunks, *, softmax_scale, config: AttendConfig
+    q, k, v, dout, stats, words, pairs, tiles, parts, first_unit, chunks, *, softmax_scale, config: AttendConfig
 ) -> None:
     """Fill parts `[units of the slice, n_rows, D]` from the units from `first_unit` on that are not crowded."""
     strides = (0, parts.stride(1), 0)
     grid = (parts.shape[1] // config.rows, parts.shape[0])
-    _launch_dq(q, k, v, dout, stats, words, pairs, parts, strides, first_unit, chunks, softmax_scale, config, grid, crowded=False)
+    _launch_dq(q, k, v, dout, stats, words, pairs, tiles, parts, strides, first_unit, chunks, softmax_scale, config, grid, crowded=False)
 
 
 def launch_crowded_dq(q, k, v, dout, stats, words, pairs, dq, chunks, *, softmax_scale, config: AttendConfig) -> None:
     """Fill the rows of dq `[B, S, H, D]` of the crowded units."""
     grid = (triton.cdiv(pairs.unit_tokens, config.rows), pairs.units)
-    _launch_dq(q, k, v, dout, stats, words, pairs, dq, dq.stride()[:3], 0, chunks, softmax_scale, config, grid, crowded=True)
+    _launch_dq(q, k, v, dout, stats, words, pairs, pairs.order, dq, dq.stride()[:3], 0, chunks, softmax_scale, config, grid, crowded=True)
 
 
-def _launch_dq(q, k, v, dout, stats, words, pairs, dst, strides, first_unit, chunks, softmax_scale, config, grid, *, crowded):
+def _launch_dq(q, k, v, dout, stats, words, pairs, tiles, dst, strides, first_unit, chunks, softmax_scale, config, grid, *, crowded):
     heads, D = q.shape[2:]
     _vmoba_bwd_dq_kernel[grid](
-        q, k, v, dout, dst, *stats.unbind(0),
-        pairs.order, pairs.starts, pairs.sizes, pairs.crowded, pairs.raster, words,
+        q, k, v, dout, dst, *stats.unbind(0), pairs.order, tiles, pairs.crowded, pairs.raster, words,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *strides,
         first_unit, pairs.per_head, heads, pairs.order.shape[3], chunks.num_chunks, words.shape[2], pairs.unit_tokens,
         chunks.chunk_tokens, chunks.length, softmax_scale * LOG2_E, softmax_scale,
         GROUP=heads // k.shape[2], CROWDED=crowded, **chunk_constants(chunks, config.keys, D), TILE=config.rows,
-        STAGES=config.stages, num_warps=config.warps)
+        FULL_TILE=FULL_TILE, STAGES=stages_over_keys(chunks, config), num_warps=config.warps)

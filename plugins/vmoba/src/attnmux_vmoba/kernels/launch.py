@@ -159,7 +159,7 @@ def _indexed_forward(q, k, v, words, chunks, topk, softmax_scale):
     B, S, heads, D = q.shape
     budget = FORWARD_SHARE * 2 * (q.numel() + k.numel()) * q.element_size()
     pairs, per_slice = _plan(q, words, chunks, topk, D * q.element_size() + 4, budget)
-    config = attend_configs(triton.next_power_of_2(D)).forward
+    tiles, config = sort.describe_tiles(pairs), attend_configs(triton.next_power_of_2(D)).forward
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     lse = torch.empty(B, heads, S, device=q.device, dtype=torch.float32)
     n_rows = pairs.tiles * sort.TILE
@@ -168,7 +168,7 @@ def _indexed_forward(q, k, v, words, chunks, topk, softmax_scale):
     options = {"softmax_scale": softmax_scale, "config": config}
     for first in range(0, pairs.units, per_slice):
         used = slice(0, min(per_slice, pairs.units - first))
-        attend.launch_parts(q, k, v, words, pairs, parts[used], part_lse[used], first, chunks, **options)
+        attend.launch_parts(q, k, v, words, pairs, tiles, parts[used], part_lse[used], first, chunks, **options)
         copy.merge_parts(parts[used], part_lse[used], pairs, first, out, lse)
     if not topk:
         attend.launch_crowded(q, k, v, words, pairs, out, lse, chunks, **options)
@@ -227,7 +227,7 @@ def _indexed_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scal
     D = q.shape[3]
     budget = BACKWARD_SHARE * 4 * (q.numel() + k.numel()) * q.element_size()
     pairs, per_slice = _plan(q, words, chunks, topk, D * q.element_size(), budget)
-    configs = attend_configs(triton.next_power_of_2(D))
+    tiles, configs = sort.describe_tiles(pairs), attend_configs(triton.next_power_of_2(D))
     stats = differentiate.launch_stats(out, dout, lse, pairs)
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
     differentiate.launch_dkdv(
@@ -238,7 +238,7 @@ def _indexed_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scal
     options = {"softmax_scale": softmax_scale, "config": configs.dq}
     for first in range(0, pairs.units, per_slice):
         used = parts[: min(per_slice, pairs.units - first)]
-        differentiate.launch_dq_parts(q, k, v, dout, stats, words, pairs, used, first, chunks, **options)
+        differentiate.launch_dq_parts(q, k, v, dout, stats, words, pairs, tiles, used, first, chunks, **options)
         copy.sum_parts(used, pairs, first, dq)
     if not topk:
         differentiate.launch_crowded_dq(q, k, v, dout, stats, words, pairs, dq, chunks, **options)

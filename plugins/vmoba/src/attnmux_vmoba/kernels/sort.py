@@ -4,6 +4,7 @@ count   chosen chunks of every block of queries
 scan    of the counts over the blocks: how many queries before a block chose a chunk; where the rows of a chunk start
 place   the row of every pair, and the query of every row
 lists   for every tile of rows the key blocks of its chunk; for the backward pass also the transpose
+tiles   for every tile of rows its chunk, for kernels that read by index
 rank    the chunks by falling number of queries
 
 A unit is a range of the queries of one head: all of them, or fewer, so that the rows of a unit stay small. Rows of a chunk
@@ -37,7 +38,7 @@ class SortedPairs:
         rows: int32 [B, H, U, capacity]: rows of the pairs, token by token, by rising chunk.
         order: int32 [B, H, U, TILE * tiles]: raster position of the query of a row; what is between chunks is undefined.
         starts: int32 [B, H, U, C]: first row of every chunk.
-        sizes: int32 [B, H, U, C]: queries of every chunk.
+        sizes: int32 [B, H, U, C]: queries of every chunk; 0 in a crowded unit.
         crowded: int32 [B, H, U]: 1 where a unit has more pairs than room.
         raster: int32 [S]: raster position of every token.
         tiles: tiles of TILE rows that every unit has room for.
@@ -102,11 +103,13 @@ def _vmoba_scan_kernel(
         counts = tl.load(at, mask=mask, other=0)
         tl.store(at, total[None, :] + tl.cumsum(counts, 0) - counts, mask=mask)
         total += tl.sum(counts, 0)
+    is_crowded = tl.sum(total, 0) > capacity
+    tl.store(crowded_ptr + unit, is_crowded.to(tl.int32))
+    total = tl.where(is_crowded, 0, total)
     tiles = (total + TILE - 1) // TILE
     is_chunk = cols < n_chunks
     tl.store(size_ptr + unit * n_chunks + cols, total, mask=is_chunk)
     tl.store(start_ptr + unit * n_chunks + cols, (tl.cumsum(tiles, 0) - tiles) * TILE, mask=is_chunk)
-    tl.store(crowded_ptr + unit, (tl.sum(total, 0) > capacity).to(tl.int32))
 
 
 @triton.jit(do_not_specialize=["n_words", "n_blocks", "n_units", "n_chunks", "n_rows", "capacity", *GEOMETRY])
@@ -204,6 +207,24 @@ def _vmoba_transpose_kernel(
             tl.store(entry_ptr + bh * n_tiles * width + offset + at, first_tile + at, mask=at < mine)
 
 
+@triton.jit(do_not_specialize=["n_tiles", "n_chunks"])
+def _vmoba_tiles_kernel(
+    start_ptr, size_ptr, tile_ptr, n_tiles, n_chunks, TILES: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr,
+):
+    unit = tl.program_id(1).to(tl.int64)
+    cols = tl.arange(0, COLS)
+    starts = tl.load(start_ptr + unit * n_chunks + cols, mask=cols < n_chunks, other=0x7FFFFFFF)
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    # of chunks without queries, which start where the next one does, none is the last of those that started
+    chunk = tl.sum((starts[None, :] <= (tile * TILE)[:, None]).to(tl.int32), 1) - 1
+    at = unit * n_chunks + chunk
+    end = tl.load(start_ptr + at) + tl.load(size_ptr + at)
+    rows = tl.minimum(tl.maximum(end - tile * TILE, 0), TILE)
+    is_tile = tile < n_tiles
+    tl.store(tile_ptr + (unit * n_tiles + tile) * 2, chunk, mask=is_tile)
+    tl.store(tile_ptr + (unit * n_tiles + tile) * 2 + 1, rows, mask=is_tile)
+
+
 @triton.jit(do_not_specialize=["n_chunks"])
 def _vmoba_rank_kernel(size_ptr, rank_ptr, n_chunks, n_units, COLS: tl.constexpr):
     """Chunks of a head in the order of their queries, over all units; the first of equals first."""
@@ -251,6 +272,17 @@ def sort_pairs(words, chunks, kept: int, units: int = 1) -> SortedPairs:
         words, counts, starts, pairs.crowded, pairs.firsts, pairs.rows, pairs.order, pairs.raster,
         n_words, n_blocks, units, C, tiles * TILE, capacity, *geometry_arguments(chunks), QUERIES=QUERIES, num_warps=4)
     return pairs
+
+
+def describe_tiles(pairs: SortedPairs):
+    """Chunk and number of rows of every tile, int32 [B, H, U, tiles, 2]; no rows after the last tile."""
+    B, heads, units, C = pairs.sizes.shape
+    table = torch.empty(B, heads, units, pairs.tiles, 2, device=pairs.sizes.device, dtype=torch.int32)
+    cols = max(16, triton.next_power_of_2(C))
+    tiles = max(1, min(64, 4096 // cols))
+    _vmoba_tiles_kernel[(triton.cdiv(pairs.tiles, tiles), pairs.units)](
+        pairs.starts, pairs.sizes, table, pairs.tiles, C, TILES=tiles, COLS=cols, TILE=TILE, num_warps=4)
+    return table
 
 
 def rank_chunks(pairs: SortedPairs):
