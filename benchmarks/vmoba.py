@@ -166,9 +166,8 @@ def main():
         for row in found:
             number = f"{row['median_ms']:.3f} ms" if row["median_ms"] else row["refused"][:200]
             more = " ".join(f"{key} {row[key]:.2f}" for key in ("host_ms", "peak_mib") if row.get(key) is not None)
-            sys.stdout.write(
-                f"{time.monotonic() - started:6.1f} s  {row['case']} {row['lists']} {row['backend']} {row['direction']}: {number} {more}\n"
-            )
+            what = " ".join(row[key] for key in ("case", "lists", "backend", "direction"))
+            sys.stdout.write(f"{time.monotonic() - started:6.1f} s  {what}: {number} {more}\n")
         sys.stdout.flush()
 
     inputs, inputs_kind = make_inputs("random", grid, base, device), "random"

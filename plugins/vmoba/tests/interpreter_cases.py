@@ -194,12 +194,20 @@ def check(q, k, v, words, chunks, topk, forward, backward):
         assert_close_to_oracle(x, y, error, kind="gradient", what=f"gradient of {what}", term_size=size)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("spatial_whole_blocks", "st_many", "all_chunks")])
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if name not in ("spatial_whole_blocks", "st_many", "all_chunks")]
+)
 def test_gathered_attention_agrees_with_the_reference(name):
     q, k, v, chunks, how = make(name)
     words = reference.select_bits(q, k, chunks, how)
     topk = min(how.topk, chunks.num_chunks)
     check(q, k, v, words, chunks, topk, launch._gathered_forward, launch._gathered_backward)
+
+
+def test_gathered_queries_may_keep_different_numbers_of_chunks():
+    q, k, v, chunks, _ = make("temporal_short_last")
+    words = reference.select_bits(q, k, chunks, Selection("threshold", threshold=0.35))
+    check(q, k, v, words, chunks, 0, launch._gathered_forward, launch._gathered_backward)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -143,7 +143,9 @@ def test_every_mode_and_scope_agrees_with_the_dense_mask(mode, scope):
 
 
 @pytest.mark.parametrize("least_kept", [1, 99])
-@pytest.mark.parametrize("name", ["temporal_short", "spatial_padded", "st_small", "st_many_chunks", "head_80", "head_256"])
+@pytest.mark.parametrize(
+    "name", ["temporal_short", "spatial_padded", "st_small", "st_many_chunks", "head_80", "head_256"]
+)
 def test_thresholds_agree_with_the_dense_mask(name, least_kept, monkeypatch):
     """With room for all pairs, and with units that have none."""
     from attnmux_vmoba.kernels import launch

@@ -56,7 +56,9 @@ def test_more_chunks_come_closer_to_dense(clip, dense, kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{"topk": 3}, {"select_mode": "threshold", "threshold": 0.4}], ids=["topk", "threshold"])
+@pytest.mark.parametrize(
+    "options", [{"topk": 3}, {"select_mode": "threshold", "threshold": 0.4}], ids=["topk", "threshold"]
+)
 @pytest.mark.parametrize("kind", CHUNK_SIZES)
 def test_kernels_agree_with_the_dense_mask(clip, kind, options):
     on_gpu = clip.to("cuda", torch.bfloat16)

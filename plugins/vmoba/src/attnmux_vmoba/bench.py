@@ -50,7 +50,7 @@ def describe(case: Case) -> VMOBAAttentionMetadata:
     kind = case.name.removeprefix("vmoba_")
     if kind not in LAYERS:
         raise UnsupportedRequestError(f"case {case.name!r} is not one of {[f'vmoba_{kind}' for kind in LAYERS]}")
-    layers = dict(zip(("temporal_layer", "spatial_layer", "st_layer"), (int(kind == k) for k in LAYERS), strict=True))
+    temporal_layer, spatial_layer, st_layer = (int(kind == other) for other in LAYERS)
     topk = LAYERS[kind][0]
     return VMOBAAttentionMetadataBuilder().build(
         0,
@@ -61,7 +61,9 @@ def describe(case: Case) -> VMOBAAttentionMetadata:
         st_topk=topk,
         moba_select_mode="threshold" if case.lists.startswith("threshold") else "topk",
         moba_threshold=THRESHOLD,
-        **layers,
+        temporal_layer=temporal_layer,
+        spatial_layer=spatial_layer,
+        st_layer=st_layer,
     )
 
 

@@ -60,10 +60,7 @@ def key_rows(raster_ptr, first, start, n_keys, IS_RUN: tl.constexpr, MASK_K: tl.
     is_key = place < n_keys
     keys = first + place
     if not IS_RUN:
-        if MASK_K:
-            keys = tl.load(raster_ptr + keys, mask=is_key, other=0)
-        else:
-            keys = tl.load(raster_ptr + keys)
+        keys = tl.load(raster_ptr + keys, mask=is_key, other=0) if MASK_K else tl.load(raster_ptr + keys)
     return keys, is_key
 
 

@@ -24,8 +24,11 @@ def select_config(cols: int) -> SelectConfig:
 
 @dataclass(frozen=True)
 class AttendConfig:
-    """Attention of the rows of sorted pairs. rows: of a tile, a divisor of 128. keys: per step. stages: steps whose rows are in
-    shared memory at once. warps: of the kernel."""
+    """Attention of the rows of sorted pairs.
+
+    rows: of a program, a divisor of 128. keys: per step. warps: of the kernel. stages: steps whose rows are in shared memory at
+    once.
+    """
 
     rows: int
     keys: int

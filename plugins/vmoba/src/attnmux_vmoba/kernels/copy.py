@@ -46,55 +46,6 @@ def _vmoba_layout_kernel(
         store_rows(dst_ptr, x, raster, is_token, stride_dst_s, D, D_PAD)
 
 
-@triton.jit(do_not_specialize=["n_token_blocks", "n_slots", "n_rows", "n_stats", "n_chunks", *GEOMETRY])
-def _vmoba_gather_kernel(
-    q_ptr, do_ptr, out_ptr, lse_ptr, row_ptr, size_ptr, q_dst_ptr, do_dst_ptr, lse2_ptr, delta_ptr,
-    stride_q_s, stride_q_h, stride_do_s, stride_do_h, stride_out_s, stride_out_h,
-    n_token_blocks, n_slots, n_rows, n_stats, n_chunks,
-    n_h, n_w, box_t, box_h, box_w, grid_h, grid_w, chunk_tokens, length,
-    FOR_BACKWARD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr,
-):
-    head = tl.program_id(1).to(tl.int64)
-    block = tl.program_id(0)
-    q_dst_ptr += head * n_rows * D
-    if FOR_BACKWARD:
-        do_dst_ptr += head * n_rows * D
-    if block < n_token_blocks:
-        token = block * ROWS + tl.arange(0, ROWS)
-        is_token = token < length
-        raster = raster_of(token // chunk_tokens, token % chunk_tokens, n_h, n_w, box_t, box_h, box_w, grid_h, grid_w)
-        q = load_rows(q_ptr + head * stride_q_h, raster, is_token, stride_q_s, D, D_PAD)
-        if FOR_BACKWARD:
-            do = load_rows(do_ptr + head * stride_do_h, raster, is_token, stride_do_s, D, D_PAD)
-            out = load_rows(out_ptr + head * stride_out_h, raster, is_token, stride_out_s, D, D_PAD)
-            delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
-            lse2 = tl.load(lse_ptr + head * length + token, mask=is_token, other=0.0) * 1.4426950408889634
-        for slot in range(n_slots):
-            rows = tl.load(row_ptr + (head * length + token) * n_slots + slot, mask=is_token, other=0)
-            store_rows(q_dst_ptr, q, rows, is_token, D, D, D_PAD)
-            if FOR_BACKWARD:
-                store_rows(do_dst_ptr, do, rows, is_token, D, D, D_PAD)
-                tl.store(lse2_ptr + head * n_stats + rows, lse2, mask=is_token)
-                tl.store(delta_ptr + head * n_stats + rows, delta, mask=is_token)
-    elif FOR_BACKWARD:
-        # Rows between the last pair of a chunk and its last tile's end: they would be summed over, so they hold zeros.
-        chunk = block - n_token_blocks
-        cols = tl.arange(0, COLS)
-        sizes = tl.load(size_ptr + head * n_chunks + cols, mask=cols < n_chunks, other=0)
-        tiles = (sizes + TILE - 1) // TILE
-        first = tl.sum(tl.where(cols < chunk, tiles, 0), 0) * TILE
-        size = tl.sum(tl.where(cols == chunk, sizes, 0), 0)
-        last = first + tl.sum(tl.where(cols == chunk, tiles, 0), 0) * TILE
-        zeros = tl.zeros([ROWS, D_PAD], tl.float32)
-        for start in range(first + size, last, ROWS):
-            rows = start + tl.arange(0, ROWS)
-            store_rows(q_dst_ptr, zeros, rows, rows < last, D, D, D_PAD)
-            store_rows(do_dst_ptr, zeros, rows, rows < last, D, D, D_PAD)
-            tl.store(lse2_ptr + head * n_stats + rows, tl.zeros([ROWS], tl.float32), mask=rows < last)
-            tl.store(delta_ptr + head * n_stats + rows, tl.zeros([ROWS], tl.float32), mask=rows < last)
-
-
 @triton.jit
 def _pairs_of(first_ptr, unit, n_units, unit_tokens, length, ROWS: tl.constexpr):
     """Tokens of a program's rows of a unit, the first of their pairs, and the number of them; none beyond the sequence."""
@@ -104,6 +55,58 @@ def _pairs_of(first_ptr, unit, n_units, unit_tokens, length, ROWS: tl.constexpr)
     at = first_ptr + unit * (unit_tokens + 1) + local
     first = tl.load(at, mask=is_token, other=0)
     return token, first, tl.load(at + 1, mask=is_token, other=0) - first
+
+
+@triton.jit(do_not_specialize=["first_unit", "n_heads", "n_token_blocks", "unit_tokens", "capacity", "n_rows", "n_stats",
+                               "n_chunks", "length"])
+def _vmoba_gather_kernel(
+    q_ptr, do_ptr, out_ptr, lse_ptr, first_ptr, row_ptr, raster_ptr, size_ptr, start_ptr,
+    q_dst_ptr, do_dst_ptr, lse2_ptr, delta_ptr,
+    stride_q_b, stride_q_s, stride_q_h, stride_do_b, stride_do_s, stride_do_h, stride_out_b, stride_out_s, stride_out_h,
+    first_unit, n_heads, n_token_blocks, unit_tokens, capacity, n_rows, n_stats, n_chunks, length,
+    FOR_BACKWARD: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+):
+    bh = (first_unit + tl.program_id(1)).to(tl.int64)
+    local = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0)
+    q_dst_ptr += local * n_rows * D
+    if FOR_BACKWARD:
+        do_dst_ptr += local * n_rows * D
+        lse2_ptr += local * n_stats
+        delta_ptr += local * n_stats
+    if block < n_token_blocks:
+        token, first, n = _pairs_of(first_ptr, bh, 1, unit_tokens, length, ROWS)
+        is_token = n > 0
+        raster = tl.load(raster_ptr + token, mask=is_token, other=0)
+        batch = bh // n_heads
+        head = bh % n_heads
+        q = load_rows(q_ptr + batch * stride_q_b + head * stride_q_h, raster, is_token, stride_q_s, D, D_PAD)
+        if FOR_BACKWARD:
+            do = load_rows(do_ptr + batch * stride_do_b + head * stride_do_h, raster, is_token, stride_do_s, D, D_PAD)
+            out = load_rows(out_ptr + batch * stride_out_b + head * stride_out_h, raster, is_token, stride_out_s, D, D_PAD)
+            delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+            lse2 = tl.load(lse_ptr + bh * length + token, mask=is_token, other=0.0) * 1.4426950408889634
+        row_ptr += bh * capacity
+        for slot in range(tl.max(n, 0)):
+            is_pair = slot < n
+            rows = tl.load(row_ptr + first + slot, mask=is_pair, other=0)
+            store_rows(q_dst_ptr, q, rows, is_pair, D, D, D_PAD)
+            if FOR_BACKWARD:
+                store_rows(do_dst_ptr, do, rows, is_pair, D, D, D_PAD)
+                tl.store(lse2_ptr + rows, lse2, mask=is_pair)
+                tl.store(delta_ptr + rows, delta, mask=is_pair)
+    elif FOR_BACKWARD:
+        # Rows between the last pair of a chunk and its last tile's end: they would be summed over, so they hold zeros.
+        chunk = block - n_token_blocks
+        end = tl.load(start_ptr + bh * n_chunks + chunk) + tl.load(size_ptr + bh * n_chunks + chunk)
+        last = (end + TILE - 1) // TILE * TILE
+        zeros = tl.zeros([ROWS, D_PAD], tl.float32)
+        for start in range(end, last, ROWS):
+            rows = start + tl.arange(0, ROWS)
+            store_rows(q_dst_ptr, zeros, rows, rows < last, D, D, D_PAD)
+            store_rows(do_dst_ptr, zeros, rows, rows < last, D, D, D_PAD)
+            tl.store(lse2_ptr + rows, tl.zeros([ROWS], tl.float32), mask=rows < last)
+            tl.store(delta_ptr + rows, tl.zeros([ROWS], tl.float32), mask=rows < last)
 
 
 @triton.jit(do_not_specialize=["first_unit", "n_units", "n_heads", "unit_tokens", "capacity", "n_rows", "length"])
@@ -179,39 +182,38 @@ def _launch_layout(k, v, k_dst, v_dst, chunks, padded_tokens, n_rows, *, to_chun
         TO_CHUNKS=to_chunks, ROWS=ROWS, D=D, D_PAD=triton.next_power_of_2(D), num_warps=4)
 
 
-def gather_queries(q, rows, sizes, dst, chunks) -> None:
-    """One sample's queries `[S, h, D]` to the rows of their pairs, in dst `[h, n_rows, D]`; its other rows are left alone.
+def gather_queries(q, pairs, first_unit, dst) -> None:
+    """Queries of the units from `first_unit` on to the rows of their pairs, in dst `[units, n_rows, D]`; its other rows are left.
 
-    rows: int32 [h, S * k] and sizes: int32 [h, C] of `SortedPairs`, of these heads.
+    q is `[B, S, H, D]`, and a unit a head.
     """
-    _launch_gather(q, None, None, None, rows, sizes, dst, None, None, chunks)
+    _launch_gather(q, None, None, None, pairs, first_unit, dst, None, None)
 
 
-def gather_for_backward(q, dout, out, lse, rows, sizes, q_dst, do_dst, stats, chunks) -> None:
+def gather_for_backward(q, dout, out, lse, pairs, first_unit, q_dst, do_dst, stats) -> None:
     """As `gather_queries`, for q and dout, with zeros between chunks; and the statistics of the rows.
 
-    lse: float32 [h, S], tokens in chunk order. stats: float32 [2, h, n_stats], the base-2 LSE and delta of every row; n_stats is
-    n_rows up to a multiple of 256.
+    lse: float32 [B, H, S], tokens in chunk order. stats: float32 [2, units, n_stats], the base-2 LSE and delta of every row;
+    n_stats is n_rows up to a multiple of 256.
     """
-    _launch_gather(q, dout, out, lse, rows, sizes, q_dst, do_dst, stats, chunks)
+    _launch_gather(q, dout, out, lse, pairs, first_unit, q_dst, do_dst, stats)
 
 
-def _launch_gather(q, dout, out, lse, rows, sizes, q_dst, do_dst, stats, chunks):
-    S, heads, D = q.shape
-    C = sizes.shape[1]
+def _launch_gather(q, dout, out, lse, pairs, first_unit, q_dst, do_dst, stats):
+    S, heads, D = q.shape[1:]
+    C = pairs.sizes.shape[3]
     n_token_blocks = triton.cdiv(S, ROWS)
     for_backward = dout is not None
     if not for_backward:
         dout = out = q
-        lse, do_dst, lse2, delta = sizes, q_dst, sizes, sizes
+        lse, do_dst, lse2, delta = pairs.sizes, q_dst, q_dst[0], q_dst[0]
     else:
         lse2, delta = stats.unbind(0)
-    _vmoba_gather_kernel[(n_token_blocks + (C if for_backward else 0), heads)](
-        q, dout, out, lse, rows, sizes, q_dst, do_dst, lse2, delta,
-        *q.stride()[:2], *dout.stride()[:2], *out.stride()[:2],
-        n_token_blocks, rows.shape[1] // S, q_dst.shape[1], lse2.shape[1], C, *geometry_arguments(chunks),
-        FOR_BACKWARD=for_backward, ROWS=ROWS, COLS=max(16, triton.next_power_of_2(C)), TILE=128,
-        D=D, D_PAD=triton.next_power_of_2(D), num_warps=4)
+    _vmoba_gather_kernel[(n_token_blocks + (C if for_backward else 0), q_dst.shape[0])](
+        q, dout, out, lse, pairs.firsts, pairs.rows, pairs.raster, pairs.sizes, pairs.starts, q_dst, do_dst, lse2, delta,
+        *q.stride()[:3], *dout.stride()[:3], *out.stride()[:3],
+        first_unit, heads, n_token_blocks, pairs.unit_tokens, pairs.rows.shape[3], q_dst.shape[1], lse2.shape[1], C, S,
+        FOR_BACKWARD=for_backward, ROWS=ROWS, TILE=128, D=D, D_PAD=triton.next_power_of_2(D), num_warps=4)
 
 
 def merge_parts(parts, part_lse, pairs, first_unit, out, lse) -> None:

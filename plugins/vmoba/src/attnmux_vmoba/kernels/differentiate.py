@@ -237,16 +237,20 @@ def launch_dq_parts(
     """Fill parts `[units of the slice, n_rows, D]` from the units from `first_unit` on that are not crowded."""
     strides = (0, parts.stride(1), 0)
     grid = (parts.shape[1] // config.rows, parts.shape[0])
-    _launch_dq(q, k, v, dout, stats, words, pairs, tiles, parts, strides, first_unit, chunks, softmax_scale, config, grid, crowded=False)
+    _launch_dq(
+        q, k, v, dout, stats, words, pairs, tiles, parts, strides, first_unit, chunks, softmax_scale, config, grid, crowded=False)
 
 
 def launch_crowded_dq(q, k, v, dout, stats, words, pairs, dq, chunks, *, softmax_scale, config: AttendConfig) -> None:
     """Fill the rows of dq `[B, S, H, D]` of the crowded units."""
     grid = (triton.cdiv(pairs.unit_tokens, config.rows), pairs.units)
-    _launch_dq(q, k, v, dout, stats, words, pairs, pairs.order, dq, dq.stride()[:3], 0, chunks, softmax_scale, config, grid, crowded=True)
+    _launch_dq(
+        q, k, v, dout, stats, words, pairs, pairs.order, dq, dq.stride()[:3], 0, chunks, softmax_scale, config, grid, crowded=True)
 
 
-def _launch_dq(q, k, v, dout, stats, words, pairs, tiles, dst, strides, first_unit, chunks, softmax_scale, config, grid, *, crowded):
+def _launch_dq(
+    q, k, v, dout, stats, words, pairs, tiles, dst, strides, first_unit, chunks, softmax_scale, config, grid, *, crowded
+):
     heads, D = q.shape[2:]
     _vmoba_bwd_dq_kernel[grid](
         q, k, v, dout, dst, *stats.unbind(0), pairs.order, tiles, pairs.crowded, pairs.raster, words,

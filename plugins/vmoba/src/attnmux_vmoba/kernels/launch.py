@@ -132,14 +132,24 @@ def attention_forward(q, k, v, words, chunks, topk: int, softmax_scale: float):
         out `[B, S, H, D]`, contiguous, in raster order, and lse float32 `[B, H, S]` in chunk order.
     """
     topk = min(topk, chunks.num_chunks)
-    forward = _gathered_forward if takes_operator(q, chunks, topk) else _indexed_forward
+    budget = _budget(q, k, FORWARD_SHARE * 2)
+    forward = _gathered_forward if takes_operator(q, chunks, topk, budget) else _indexed_forward
     with torch.cuda.device(q.device):
         return forward(q, k, v, words, chunks, topk, softmax_scale)
 
 
-def takes_operator(q, chunks, topk: int) -> bool:
-    """Whether the block-sparse operator runs on gathered rows, rather than the kernels that read by index."""
-    return bool(topk) and chunks.chunk_tokens >= OPERATOR_CHUNK_TOKENS
+def _budget(q, k, share: float) -> float:
+    """Bytes of a share of q and k."""
+    return share * (q.numel() + k.numel()) * q.element_size()
+
+
+def takes_operator(q, chunks, topk: int, budget: float) -> bool:
+    """Whether the block-sparse operator runs on gathered rows, rather than the kernels that read by index.
+
+    It needs room for every pair of a head, also where queries keep different numbers of chunks.
+    """
+    rows = q.shape[1] * (topk or chunks.num_chunks)
+    return chunks.chunk_tokens >= OPERATOR_CHUNK_TOKENS and (topk > 0 or rows * q.shape[3] * q.element_size() <= budget)
 
 
 def _plan(q, words, chunks, topk: int, row_bytes: int, budget: float):
@@ -157,7 +167,7 @@ def _plan(q, words, chunks, topk: int, row_bytes: int, budget: float):
 
 def _indexed_forward(q, k, v, words, chunks, topk, softmax_scale):
     B, S, heads, D = q.shape
-    budget = FORWARD_SHARE * 2 * (q.numel() + k.numel()) * q.element_size()
+    budget = _budget(q, k, FORWARD_SHARE * 2)
     pairs, per_slice = _plan(q, words, chunks, topk, D * q.element_size() + 4, budget)
     tiles, config = sort.describe_tiles(pairs), attend_configs(triton.next_power_of_2(D)).forward
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
@@ -178,7 +188,7 @@ def _indexed_forward(q, k, v, words, chunks, topk, softmax_scale):
 def _gathered_forward(q, k, v, words, chunks, topk, softmax_scale, engine=None):
     B, S, heads, D = q.shape
     keys = _Keys(chunks)
-    pairs = sort.sort_pairs(words, chunks, topk)
+    pairs = sort.sort_pairs(words, chunks, topk or chunks.num_chunks)
     lists, counts = sort.tile_lists(pairs, keys.chunk_blocks, keys.last_blocks)
     lengths = keys.lengths(q.device)
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
@@ -186,14 +196,14 @@ def _gathered_forward(q, k, v, words, chunks, topk, softmax_scale, engine=None):
     n_rows, group = pairs.tiles * sort.TILE, heads // k.shape[2]
     row_bytes = D * q.element_size()
     key_bytes = 0 if keys.in_place else 2 * keys.rows * row_bytes
-    budget = FORWARD_SHARE * 2 * (q.numel() + k.numel()) * q.element_size() / B
+    budget = _budget(q, k, FORWARD_SHARE * 2) / B
     per_slice = heads_per_slice(heads, group, n_rows * (row_bytes + 4), key_bytes, budget, whole_groups=False)
     part_buffer = torch.empty(per_slice, n_rows, D, device=q.device, dtype=q.dtype)
     key_buffers = keys.buffers(2, k, per_slice, group)
     for b, qh, kh in _slices(q, k, per_slice):
         k_, v_ = keys.arrange(k[b, :, kh], v[b, :, kh], *key_buffers)
         parts = part_buffer[: qh.stop - qh.start]
-        copy.gather_queries(q[b, :, qh], pairs.rows[b, qh, 0], pairs.sizes[b, qh, 0], parts, chunks)
+        copy.gather_queries(q, pairs, b * heads + qh.start, parts)
         index = _index(keys, lists, counts, lengths, b, qh)
         engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
         part_lse = run_operator(parts, k_, v_, index, softmax_scale, engine)
@@ -218,14 +228,16 @@ def attention_backward(dout, q, k, v, out, lse, words, chunks, topk: int, softma
     if dout.stride(3) != 1:
         dout = dout.contiguous()
     topk = min(topk, chunks.num_chunks)
-    backward = _gathered_backward if takes_operator(q, chunks, topk) else _indexed_backward
+    # gathered are queries and their gradients
+    budget = _budget(q, k, BACKWARD_SHARE * 4) / 2
+    backward = _gathered_backward if takes_operator(q, chunks, topk, budget) else _indexed_backward
     with torch.cuda.device(q.device):
         return backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scale)
 
 
 def _indexed_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scale):
     D = q.shape[3]
-    budget = BACKWARD_SHARE * 4 * (q.numel() + k.numel()) * q.element_size()
+    budget = _budget(q, k, BACKWARD_SHARE * 4)
     pairs, per_slice = _plan(q, words, chunks, topk, D * q.element_size(), budget)
     tiles, configs = sort.describe_tiles(pairs), attend_configs(triton.next_power_of_2(D))
     stats = differentiate.launch_stats(out, dout, lse, pairs)
@@ -248,7 +260,7 @@ def _indexed_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scal
 def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scale, engine=None):
     heads, D = q.shape[2:]
     keys = _Keys(chunks)
-    pairs = sort.sort_pairs(words, chunks, topk)
+    pairs = sort.sort_pairs(words, chunks, topk or chunks.num_chunks)
     lists, counts = sort.tile_lists(pairs, keys.chunk_blocks, keys.last_blocks)
     transposed = sort.transposed_lists(pairs, keys.chunk_blocks, keys.last_blocks)
     lengths = keys.lengths(q.device)
@@ -256,7 +268,7 @@ def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_sca
     n_rows, group = pairs.tiles * sort.TILE, heads // k.shape[2]
     row_bytes = D * q.element_size()
     key_bytes = 0 if keys.in_place else 4 * keys.rows * row_bytes
-    budget = BACKWARD_SHARE * 4 * (q.numel() + k.numel()) * q.element_size() / q.shape[0]
+    budget = _budget(q, k, BACKWARD_SHARE * 4) / q.shape[0]
     per_slice = heads_per_slice(heads, group, n_rows * (2 * row_bytes + 8), key_bytes, budget, whole_groups=True)
     part_buffers = torch.empty(2, per_slice, n_rows, D, device=q.device, dtype=q.dtype)
     stat_buffers = torch.empty(2, per_slice, -(-n_rows // 256) * 256, device=q.device, dtype=torch.float32)
@@ -267,13 +279,12 @@ def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_sca
         if not keys.in_place:
             dk_, dv_ = dk_buffer[:, : dk_.shape[1]], dv_buffer[:, : dk_.shape[1]]
         (parts, do), stats = part_buffers[:, : qh.stop - qh.start], stat_buffers[:, : qh.stop - qh.start]
-        copy.gather_for_backward(
-            q[b, :, qh], dout[b, :, qh], out[b, :, qh], lse[b, qh], pairs.rows[b, qh, 0], pairs.sizes[b, qh, 0],
-            parts, do, stats, chunks
-        )
+        copy.gather_for_backward(q, dout, out, lse, pairs, b * heads + qh.start, parts, do, stats)
         index = _index(keys, lists, counts, lengths, b, qh, transposed)
         engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
-        differentiate_operator(parts, do, stats[0], stats[1], k_, v_, dk_[None], dv_[None], index, softmax_scale, engine)
+        differentiate_operator(
+            parts, do, stats[0], stats[1], k_, v_, dk_[None], dv_[None], index, softmax_scale, engine
+        )
         copy.sum_parts(parts, pairs, b * heads + qh.start, dq)
         if not keys.in_place:
             copy.from_chunks(dk_, dv_, dk[b, :, kh], dv[b, :, kh], chunks, keys.padded)
