@@ -159,7 +159,7 @@ def test_thresholds_agree_with_the_dense_mask(name, least_kept, monkeypatch):
 
 def run_with_gradients(inputs, options):
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out = moba_attention(*leaves, **options, engine="triton")
+    out = moba_attention(*leaves, **options)
     return out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))
 
 
@@ -177,12 +177,7 @@ def test_ten_runs_give_the_same_bits(mode):
             assert torch.equal(x, y)
 
 
-@pytest.mark.usefixtures("path")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["temporal_in_place", "spatial", "st_small"])
-def test_nothing_waits_for_the_device(name, mode):
-    inputs, _, options = make(name)
-    options |= MODES[mode]
+def assert_nothing_waits(inputs, options):
     run_with_gradients(inputs, options)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -190,6 +185,20 @@ def test_nothing_waits_for_the_device(name, mode):
         run_with_gradients(inputs, options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["temporal_in_place", "spatial", "st_small"])
+def test_nothing_waits_for_the_device(name, mode):
+    inputs, _, options = make(name)
+    assert_nothing_waits(inputs, options | MODES[mode] | {"engine": "triton"})
+
+
+@pytest.mark.parametrize(("mode", "scope"), PAIRS)
+def test_no_scope_waits_for_the_device(mode, scope):
+    inputs, _, options = make("st_small")
+    assert_nothing_waits(inputs, options | {"select_mode": mode, "threshold_type": scope})
 
 
 @pytest.mark.parametrize("mode", MODES)
