@@ -536,14 +536,10 @@ def _blocksparse_hopper_fwd_kernel(
         ], [4, 1], [CREGS, 24])
 
 
-# Making it takes as long as all else of a descriptor.
-BOX_LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
-
-
 def describe(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """TMA descriptor of x [B, S, H, D], seen as [B, H, S, D], with boxes of rows x columns."""
     shape = [x.shape[0], x.shape[2], x.shape[1], x.shape[3]]
-    return TensorDescriptor(x, shape, tma_strides(x), [1, 1, rows, columns], BOX_LAYOUT)
+    return TensorDescriptor(x, shape, tma_strides(x), [1, 1, rows, columns], gl.NVMMASharedLayout(128, 16, 4))
 
 
 def multiprocessor_count(device) -> int:

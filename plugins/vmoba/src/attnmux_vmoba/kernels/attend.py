@@ -15,7 +15,6 @@ import triton.language as tl
 
 from attnmux_vmoba.kernels.configs import AttendConfig
 from attnmux_vmoba.kernels.geometry import load_rows, store_rows
-from attnmux_vmoba.kernels.relaunch import Launches, launch
 
 LOG2_E = 1.4426950408889634
 # rows of a tile of `sort`
@@ -152,30 +151,22 @@ def _vmoba_fwd_kernel(
     tl.store(lse_ptr + numbers, (m + tl.log2(l)) * 0.6931471805599453, mask=is_row)
 
 
-def launch_parts(
-    launches: Launches, q, k, v, words, pairs, tiles, parts, part_lse, first_unit, chunks, *, softmax_scale, config: AttendConfig
-) -> None:
+def launch_parts(q, k, v, words, pairs, tiles, parts, part_lse, first_unit, chunks, *, softmax_scale, config: AttendConfig) -> None:
     """Fill parts `[units of the slice, n_rows, D]` and their LSE from the units from `first_unit` on that are not crowded."""
     strides = (0, parts.stride(1), 0)
-    grid = (parts.shape[1] // config.rows, parts.shape[0], 1)
-    _launch(
-        launches, q, k, v, words, pairs, tiles, parts, part_lse, strides, first_unit, chunks, softmax_scale, config, grid,
-        crowded=False)
+    grid = (parts.shape[1] // config.rows, parts.shape[0])
+    _launch(q, k, v, words, pairs, tiles, parts, part_lse, strides, first_unit, chunks, softmax_scale, config, grid, crowded=False)
 
 
 def launch_crowded(q, k, v, words, pairs, out, lse, chunks, *, softmax_scale, config: AttendConfig) -> None:
     """Fill the rows of out `[B, S, H, D]` and lse `[B, H, S]`, tokens in chunk order, of the crowded units."""
-    grid = (triton.cdiv(pairs.unit_tokens, config.rows), pairs.units, 1)
-    strides = out.stride()[:3]
-    _launch({}, q, k, v, words, pairs, pairs.order, out, lse, strides, 0, chunks, softmax_scale, config, grid, crowded=True)
+    grid = (triton.cdiv(pairs.unit_tokens, config.rows), pairs.units)
+    _launch(q, k, v, words, pairs, pairs.order, out, lse, out.stride()[:3], 0, chunks, softmax_scale, config, grid, crowded=True)
 
 
-def _launch(
-    launches, q, k, v, words, pairs, tiles, dst, lse, strides, first_unit, chunks, softmax_scale, config, grid, *, crowded
-):
+def _launch(q, k, v, words, pairs, tiles, dst, lse, strides, first_unit, chunks, softmax_scale, config, grid, *, crowded):
     heads, D = q.shape[2:]
-    launch(
-        launches, _vmoba_fwd_kernel, grid,
+    _vmoba_fwd_kernel[grid](
         q, k, v, dst, lse, pairs.order, tiles, pairs.crowded, pairs.raster, words,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,
         first_unit, pairs.per_head, heads, pairs.order.shape[3], chunks.num_chunks, words.shape[2], pairs.unit_tokens,

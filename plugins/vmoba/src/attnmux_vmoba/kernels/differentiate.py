@@ -24,7 +24,6 @@ from attnmux_vmoba.kernels.attend import (
 )
 from attnmux_vmoba.kernels.configs import AttendConfig
 from attnmux_vmoba.kernels.geometry import load_rows, store_rows
-from attnmux_vmoba.kernels.relaunch import Launches, launch
 
 # Key blocks of this many chunks of every head, those of most queries, start before all others: one that every query chose
 # takes many times the mean, and started last it would run alone at the end.
@@ -233,30 +232,27 @@ def launch_dkdv(
 
 
 def launch_dq_parts(
-    launches: Launches, q, k, v, dout, stats, words, pairs, tiles, parts, first_unit, chunks, *, softmax_scale, config: AttendConfig
+    q, k, v, dout, stats, words, pairs, tiles, parts, first_unit, chunks, *, softmax_scale, config: AttendConfig
 ) -> None:
     """Fill parts `[units of the slice, n_rows, D]` from the units from `first_unit` on that are not crowded."""
     strides = (0, parts.stride(1), 0)
-    grid = (parts.shape[1] // config.rows, parts.shape[0], 1)
+    grid = (parts.shape[1] // config.rows, parts.shape[0])
     _launch_dq(
-        launches, q, k, v, dout, stats, words, pairs, tiles, parts, strides, first_unit, chunks, softmax_scale, config, grid,
-        crowded=False)
+        q, k, v, dout, stats, words, pairs, tiles, parts, strides, first_unit, chunks, softmax_scale, config, grid, crowded=False)
 
 
 def launch_crowded_dq(q, k, v, dout, stats, words, pairs, dq, chunks, *, softmax_scale, config: AttendConfig) -> None:
     """Fill the rows of dq `[B, S, H, D]` of the crowded units."""
-    grid = (triton.cdiv(pairs.unit_tokens, config.rows), pairs.units, 1)
+    grid = (triton.cdiv(pairs.unit_tokens, config.rows), pairs.units)
     _launch_dq(
-        {}, q, k, v, dout, stats, words, pairs, pairs.order, dq, dq.stride()[:3], 0, chunks, softmax_scale, config, grid,
-        crowded=True)
+        q, k, v, dout, stats, words, pairs, pairs.order, dq, dq.stride()[:3], 0, chunks, softmax_scale, config, grid, crowded=True)
 
 
 def _launch_dq(
-    launches, q, k, v, dout, stats, words, pairs, tiles, dst, strides, first_unit, chunks, softmax_scale, config, grid, *, crowded
+    q, k, v, dout, stats, words, pairs, tiles, dst, strides, first_unit, chunks, softmax_scale, config, grid, *, crowded
 ):
     heads, D = q.shape[2:]
-    launch(
-        launches, _vmoba_bwd_dq_kernel, grid,
+    _vmoba_bwd_dq_kernel[grid](
         q, k, v, dout, dst, *stats.unbind(0), pairs.order, tiles, pairs.crowded, pairs.raster, words,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *strides,
         first_unit, pairs.per_head, heads, pairs.order.shape[3], chunks.num_chunks, words.shape[2], pairs.unit_tokens,

@@ -1,16 +1,13 @@
-"""Attention over chosen chunks, slice by slice. Imported with triton, on first use.
+"""Attention over chosen chunks on the block-sparse operator. Imported with triton, on first use.
 
-Pairs of query and chunk are sorted by chunk (`sort`), so that a tile of 128 rows attends to one chunk and nothing is computed in
-vain. Large chunks: queries are gathered to the rows of their pairs, and the block-sparse operator attends (`_gathered_*`). Small
-ones: kernels of this plugin read rows by index (`_indexed_*`). Partial outputs are merged by their log-sum-exps; the backward pass
-takes the merged output and log-sum-exp, with which the gradients of every part are exact, and sums dQ over the parts.
+Where every query keeps the same number of chunks, its pairs are gathered by chunk (`sort`), so that a tile of 128 rows attends
+to the whole blocks of one chunk and nothing is computed in vain. Partial outputs are merged by their log-sum-exps; the backward
+pass takes the merged output and log-sum-exp, with which the gradients of every part are exact, and sums dQ over the parts.
 
-Heads are taken in slices, so that what is gathered, or partial, stays small next to q, k, v and the output.
+Heads are taken in slices, so that what is gathered stays small next to q, k, v and the output.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -20,9 +17,6 @@ from attnmux_blocksparse.kernels import launch as block_sparse
 from attnmux_blocksparse.kernels.arguments import IndexTensors
 from attnmux_vmoba.kernels import attend, copy, differentiate, sort
 from attnmux_vmoba.kernels.configs import attend_configs
-
-if TYPE_CHECKING:
-    from attnmux_vmoba.kernels.relaunch import Launches
 
 # Of the bytes of q, k, v and out (backward: and of their gradients), what the buffers of a slice of heads may take, so that
 # the peak stays below 1.3 times that of dense attention.
@@ -97,12 +91,12 @@ class _Keys:
             torch.empty(number, heads, self.rows, k.shape[3], device=k.device, dtype=k.dtype).transpose(1, 2).unbind(0)
         )
 
-    def arrange(self, launches, k, v, k_buffer, v_buffer):
+    def arrange(self, k, v, k_buffer, v_buffer):
         """Arrange k and v `[S, h, D]` -> `[1, rows, h, D]`."""
         if self.in_place:
             return k[None], v[None]
         k_, v_ = k_buffer[:, : k.shape[1]], v_buffer[:, : k.shape[1]]
-        copy.to_chunks(launches, k, v, k_, v_, self.chunks, self.padded)
+        copy.to_chunks(k, v, k_, v_, self.chunks, self.padded)
         return k_[None], v_[None]
 
     def lengths(self, device):
@@ -182,13 +176,10 @@ def _indexed_forward(q, k, v, words, chunks, topk, softmax_scale):
     parts = torch.empty(per_slice, n_rows, D, device=q.device, dtype=q.dtype)
     part_lse = torch.empty(per_slice, n_rows, device=q.device, dtype=torch.float32)
     options = {"softmax_scale": softmax_scale, "config": config}
-    launches: Launches = {}
     for first in range(0, pairs.units, per_slice):
         used = slice(0, min(per_slice, pairs.units - first))
-        attend.launch_parts(
-            launches, q, k, v, words, pairs, tiles, parts[used], part_lse[used], first, chunks, **options
-        )
-        copy.merge_parts(launches, parts[used], part_lse[used], pairs, first, out, lse)
+        attend.launch_parts(q, k, v, words, pairs, tiles, parts[used], part_lse[used], first, chunks, **options)
+        copy.merge_parts(parts[used], part_lse[used], pairs, first, out, lse)
     if not topk:
         attend.launch_crowded(q, k, v, words, pairs, out, lse, chunks, **options)
     return out, lse
@@ -209,15 +200,14 @@ def _gathered_forward(q, k, v, words, chunks, topk, softmax_scale, engine=None):
     per_slice = heads_per_slice(heads, group, n_rows * (row_bytes + 4), key_bytes, budget, whole_groups=False)
     part_buffer = torch.empty(per_slice, n_rows, D, device=q.device, dtype=q.dtype)
     key_buffers = keys.buffers(2, k, per_slice, group)
-    launches: Launches = {}
     for b, qh, kh in _slices(q, k, per_slice):
-        k_, v_ = keys.arrange(launches, k[b, :, kh], v[b, :, kh], *key_buffers)
+        k_, v_ = keys.arrange(k[b, :, kh], v[b, :, kh], *key_buffers)
         parts = part_buffer[: qh.stop - qh.start]
-        copy.gather_queries(launches, q, pairs, b * heads + qh.start, parts)
+        copy.gather_queries(q, pairs, b * heads + qh.start, parts)
         index = _index(keys, lists, counts, lengths, b, qh)
         engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
         part_lse = run_operator(parts, k_, v_, index, softmax_scale, engine)
-        copy.merge_parts(launches, parts, part_lse, pairs, b * heads + qh.start, out, lse)
+        copy.merge_parts(parts, part_lse, pairs, b * heads + qh.start, out, lse)
     return out, lse
 
 
@@ -258,13 +248,10 @@ def _indexed_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scal
     )  # fmt: skip
     parts = torch.empty(per_slice, pairs.tiles * sort.TILE, D, device=q.device, dtype=q.dtype)
     options = {"softmax_scale": softmax_scale, "config": configs.dq}
-    launches: Launches = {}
     for first in range(0, pairs.units, per_slice):
         used = parts[: min(per_slice, pairs.units - first)]
-        differentiate.launch_dq_parts(
-            launches, q, k, v, dout, stats, words, pairs, tiles, used, first, chunks, **options
-        )
-        copy.sum_parts(launches, used, pairs, first, dq)
+        differentiate.launch_dq_parts(q, k, v, dout, stats, words, pairs, tiles, used, first, chunks, **options)
+        copy.sum_parts(used, pairs, first, dq)
     if not topk:
         differentiate.launch_crowded_dq(q, k, v, dout, stats, words, pairs, dq, chunks, **options)
     return dq, dk, dv
@@ -286,22 +273,21 @@ def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_sca
     part_buffers = torch.empty(2, per_slice, n_rows, D, device=q.device, dtype=q.dtype)
     stat_buffers = torch.empty(2, per_slice, -(-n_rows // 256) * 256, device=q.device, dtype=torch.float32)
     *key_buffers, dk_buffer, dv_buffer = keys.buffers(4, k, per_slice, group)
-    launches: Launches = {}
     for b, qh, kh in _slices(q, k, per_slice):
-        k_, v_ = keys.arrange(launches, k[b, :, kh], v[b, :, kh], *key_buffers)
+        k_, v_ = keys.arrange(k[b, :, kh], v[b, :, kh], *key_buffers)
         dk_, dv_ = dk[b, :, kh], dv[b, :, kh]
         if not keys.in_place:
             dk_, dv_ = dk_buffer[:, : dk_.shape[1]], dv_buffer[:, : dk_.shape[1]]
         (parts, do), stats = part_buffers[:, : qh.stop - qh.start], stat_buffers[:, : qh.stop - qh.start]
-        copy.gather_for_backward(launches, q, dout, out, lse, pairs, b * heads + qh.start, parts, do, stats)
+        copy.gather_for_backward(q, dout, out, lse, pairs, b * heads + qh.start, parts, do, stats)
         index = _index(keys, lists, counts, lengths, b, qh, transposed)
         engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
         differentiate_operator(
             parts, do, stats[0], stats[1], k_, v_, dk_[None], dv_[None], index, softmax_scale, engine
         )
-        copy.sum_parts(launches, parts, pairs, b * heads + qh.start, dq)
+        copy.sum_parts(parts, pairs, b * heads + qh.start, dq)
         if not keys.in_place:
-            copy.from_chunks(launches, dk_, dv_, dk[b, :, kh], dv[b, :, kh], chunks, keys.padded)
+            copy.from_chunks(dk_, dv_, dk[b, :, kh], dv[b, :, kh], chunks, keys.padded)
     return dq, dk, dv
 
 
