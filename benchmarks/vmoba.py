@@ -166,7 +166,7 @@ def main():
         for row in found:
             number = f"{row['median_ms']:.3f} ms" if row["median_ms"] else row["refused"][:200]
             more = " ".join(f"{key} {row[key]:.2f}" for key in ("host_ms", "peak_mib") if row.get(key) is not None)
-            what = " ".join(row[key] for key in ("case", "lists", "backend", "direction"))
+            what = " ".join(row[key] for key in ("case", "backend", "direction"))
             sys.stdout.write(f"{time.monotonic() - started:6.1f} s  {what}: {number} {more}\n")
         sys.stdout.flush()
 
@@ -187,8 +187,8 @@ def main():
         chunks = resolve_chunks(grid, CHUNK_SIZES[layer][arguments.quick])
         pattern = ChosenPattern(*inputs[:2], chunks, how)
         share = pattern.pairs() / (base.B * base.H * length**2)
-        choice = f"top-k {how.topk}" if how.mode == "topk" else f"threshold {how.threshold}"
-        case = dataclasses.replace(base, name=f"vmoba_{layer}", lists=f"{kind}, {choice}", keep=round(share, 4))
+        choice = f"top{how.topk}" if how.mode == "topk" else "threshold"
+        case = dataclasses.replace(base, name=f"vmoba_{layer}_{choice}_{kind}", lists=kind, keep=round(share, 4))
 
         def attend(q, k, v, chunks=chunks, how=how):
             return attend_chunks(q, k, v, chunks, how)
