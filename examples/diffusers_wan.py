@@ -30,7 +30,7 @@ OPTIONS = {
     "RADIAL_ATTN": {"metadata": {"width": 0.5}},
 }
 CHANNELS = 16
-SCALE = 2.0  # makes latents of about unit variance
+SCALE = 0.9  # makes latents of about unit variance
 NOISE = 0.2  # share of noise at the first step
 FRAMES, SIDE = 4, 8  # pixels of one latent along time, and along rows and columns
 
