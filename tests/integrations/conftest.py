@@ -23,6 +23,25 @@ class TinyModel:
         times = torch.full((latents.shape[0],), float(timestep))
         return self.model(hidden_states=latents, timestep=times, **self.arguments, return_dict=False)[0]
 
+    def gradients(self):
+        """Return the gradient of every parameter for a loss that all of the output counts in."""
+        self.model.zero_grad()
+        self().square().mean().backward()
+        return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+
+    @torch.no_grad()
+    def denoise(self, steps=3, handle=None):
+        """Return the latents after some steps of a real scheduler."""
+        is_cog = type(self.model).__name__.startswith("CogVideoX")
+        scheduler = diffusers.CogVideoXDDIMScheduler() if is_cog else diffusers.FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(steps)
+        latents = self.latents
+        for step, timestep in enumerate(scheduler.timesteps):
+            if handle is not None:
+                handle.step = step
+            latents = scheduler.step(self(latents, timestep), timestep, latents, return_dict=False)[0]
+        return latents
+
     def double(self):
         """Go over to float64, the oracle's precision."""
         self.model.double()

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
@@ -18,25 +17,18 @@ from attnmux.testing import assert_close_to_oracle
 
 DENSE_VSA = {"backend": "VIDEO_SPARSE_ATTN", "metadata": {"VSA_sparsity": 0.0}}
 SPARSE_VSA = {"backend": "VIDEO_SPARSE_ATTN", "metadata": {"VSA_sparsity": 0.75}}
-
-
-def gradients(tiny):
-    tiny.model.zero_grad()
-    tiny().square().mean().backward()
-    return {name: p.grad.clone() for name, p in tiny.model.named_parameters() if p.grad is not None}
-
-
-@torch.no_grad()
-def denoise(tiny, steps=3, handle=None):
-    cog = type(tiny.model).__name__.startswith("CogVideoX")
-    scheduler = CogVideoXDDIMScheduler() if cog else FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(steps)
-    latents = tiny.latents
-    for step, timestep in enumerate(scheduler.timesteps):
-        if handle is not None:
-            handle.step = step
-        latents = scheduler.step(tiny(latents, timestep), timestep, latents, return_dict=False)[0]
-    return latents
+# metadata options go to builders only, impl_args to impls
+SPARSE = {
+    "VSA": SPARSE_VSA,
+    "SLA": {"backend": "SLA_ATTN", "impl_args": {"topk_ratio": 0.3}},
+    # layers 0 and 2 have chunks of time, layer 1 of space
+    "VMOBA": {"backend": "VMOBA_ATTN", "metadata": {"topk_ratio": 0.3, "st_layer": 0}},
+}
+DENSE = {
+    "VSA": DENSE_VSA,
+    "SLA": {"backend": "SLA_ATTN", "impl_args": {"topk_ratio": 1.0}},
+    "VMOBA": {"backend": "VMOBA_ATTN", "metadata": {"topk_ratio": 1.0}},
+}
 
 
 @torch.no_grad()
@@ -49,31 +41,44 @@ def test_dense_backend_equals_the_models_own_attention(tiny, make):
 
 
 def test_denoising_with_a_real_scheduler_equals_the_models_own(tiny):
-    own = denoise(tiny)
-    oracle = denoise(copy.deepcopy(tiny).double())
+    own = tiny.denoise()
+    oracle = copy.deepcopy(tiny).double().denoise()
     with apply(tiny.model, "TORCH_SDPA", modules="all"):
-        assert_close_to_oracle(denoise(tiny), oracle, own)
+        assert_close_to_oracle(tiny.denoise(), oracle, own)
 
 
-def test_sparse_backend_denoises_like_dense_attention_at_its_dense_limit(make):
+@pytest.mark.parametrize("method", DENSE)
+def test_sparse_backend_denoises_like_dense_attention_at_its_dense_limit(make, method):
     tiny = make()
-    own, oracle = denoise(tiny), denoise(make().double())
-    with apply(tiny.model, **DENSE_VSA):
-        assert_close_to_oracle(denoise(tiny), oracle, own)
+    own, oracle = tiny.denoise(), make().double().denoise()
+    with apply(tiny.model, **DENSE[method]):
+        assert_close_to_oracle(tiny.denoise(), oracle, own)
+
+
+@pytest.mark.parametrize("method", DENSE)
+def test_gradients_equal_the_models_own_at_the_dense_limit(make, method):
+    tiny = make()
+    own, oracle = tiny.gradients(), make().double().gradients()
+    with apply(tiny.model, **DENSE[method]):
+        ours = tiny.gradients()
+    largest = max(float(value.abs().max()) for value in oracle.values())
+    for name, value in own.items():
+        assert_close_to_oracle(ours[name], oracle[name], value, kind="gradient", what=name, term_size=largest)
 
 
 @torch.no_grad()
-def test_sparse_backend_is_really_inside(make):
+@pytest.mark.parametrize("method", SPARSE)
+def test_sparse_backend_is_really_inside(make, method):
     tiny = make()
     own = tiny()
-    with apply(tiny.model, **SPARSE_VSA):
+    with apply(tiny.model, **SPARSE[method]):
         assert (tiny() - own).abs().max() > 1000 * torch.finfo(torch.float32).eps
 
 
 def test_gradients_equal_those_of_the_models_own_attention(tiny):
-    own, oracle = gradients(tiny), gradients(copy.deepcopy(tiny).double())
+    own, oracle = tiny.gradients(), copy.deepcopy(tiny).double().gradients()
     with apply(tiny.model, "TORCH_SDPA", modules="all"):
-        ours = gradients(tiny)
+        ours = tiny.gradients()
     assert ours.keys() == own.keys()
     largest = max(float(value.abs().max()) for value in oracle.values())
     for name, value in ours.items():
@@ -192,18 +197,6 @@ def test_diffusers_own_choice_is_refused_while_ours_is_in_place(make):
     assert attention_dispatch._AttentionBackendRegistry._active_backend.value == "native"
 
 
-@torch.no_grad()
-def test_mask_reaches_the_backend_or_is_refused(make):
-    tiny = make("hunyuan_video")
-    own = tiny()
-    with apply(tiny.model, "TORCH_SDPA"):
-        masked = tiny()
-        tiny.arguments["encoder_attention_mask"] = torch.ones(1, 9, dtype=torch.bool)
-        assert (tiny() - own).abs().max() > 1000 * (masked - own).abs().max()
-    with apply(tiny.model, "WINDOW_ATTN"), pytest.raises(UnsupportedRequestError, match="does not take attn_mask"):
-        tiny()
-
-
 def attend(processor, **options):
     q, k, v = torch.randn(3, 1, 5, 2, 64)
     return processor.attend(
@@ -266,9 +259,10 @@ def test_selection_follows_scope_when_nothing_is_named(make):
 
 
 @torch.no_grad()
-def test_blocks_compile_once_as_one_graph(make, compiled_afresh):
+@pytest.mark.parametrize(("method", "graphs"), [("VSA", 1), ("SLA", 1), ("VMOBA", 2)])
+def test_blocks_compile_once_for_all_layers_of_a_kind_and_all_steps(make, method, graphs, compiled_afresh):
     tiny = make()
-    with apply(tiny.model, **SPARSE_VSA) as handle:
+    with apply(tiny.model, **SPARSE[method]) as handle:
         expected = tiny()
         counter = CompileCounterWithBackend("aot_eager")
         tiny.model.compile_repeated_blocks(fullgraph=True, backend=counter)
@@ -276,7 +270,7 @@ def test_blocks_compile_once_as_one_graph(make, compiled_afresh):
         for step in range(1, 4):
             handle.step = step
             tiny()
-        assert counter.frame_count == 1
+        assert counter.frame_count == graphs
 
 
 @torch.no_grad()
@@ -299,10 +293,10 @@ def test_checkpointed_blocks_are_recomputed_with_their_own_metadata(make):
     tiny = make()
     tiny.model.train()
     with apply(tiny.model, **SPARSE_VSA):
-        expected = gradients(tiny)
+        expected = tiny.gradients()
         tiny.model.enable_gradient_checkpointing()
         function = tiny.model._gradient_checkpointing_func
-        assert all(torch.equal(value, expected[name]) for name, value in gradients(tiny).items())
+        assert all(torch.equal(value, expected[name]) for name, value in tiny.gradients().items())
         # a forward on another grid comes before the backward
         tiny.model.zero_grad()
         loss = tiny().square().mean()
@@ -356,7 +350,7 @@ def test_schedule_by_step_compiles_once_per_phase(make, compiled_afresh):
     with apply(tiny.model, schedule=schedule, metadata=SPARSE_VSA["metadata"]) as handle:
         counter = CompileCounterWithBackend("eager")
         tiny.model.compile_repeated_blocks(fullgraph=True, backend=counter)
-        denoise(tiny, steps=5, handle=handle)
+        tiny.denoise(steps=5, handle=handle)
         assert counter.frame_count == 2
 
 

@@ -143,6 +143,7 @@ def apply(
     metadata: Mapping[str, Any] | None = None,
     impl_args: Mapping[str, Any] | None = None,
     softmax_scale: float | None = None,
+    assume_full_masks: bool = False,
     checkpoint: str | Path | None = None,
 ) -> Applied:
     """Replace the attention inside a diffusers transformer by an attnmux backend.
@@ -161,6 +162,10 @@ def apply(
         metadata: Options of the backends' metadata builders, such as `{"VSA_sparsity": 0.8}`.
         impl_args: Constructor arguments of the backends' impls, such as `{"topk_ratio": 0.1}`.
         softmax_scale: Factor on the scores that the model asks for, where it is not `head_size ** -0.5`.
+        assume_full_masks: The masks that the model passes hide nothing, as those of HunyuanVideo with text that is not padded.
+            They are not passed on, so that backends without masks serve the model, and others are faster. A mask that hides
+            a key all the same raises on a CPU; on a GPU it is a device-side assertion, which ends the process's use of
+            the device. Nothing waits for the device.
         checkpoint: File or folder in safetensors form from which the backends' parameters come; those that it lacks keep
             their initial values, and a warning says which.
 
@@ -185,7 +190,7 @@ def apply(
     for item in targets:
         plan = schedule.resolve(item.layer, num_layers, item.role)
         selections = _select(item, plan, softmax_scale, model)
-        processors.append(_processor(item, plan, selections, softmax_scale, options))
+        processors.append(_processor(item, plan, selections, softmax_scale, assume_full_masks, options))
         named = tuple(selections[name].spec.name for name in plan.backends)
         replaced.append(
             Replacement(item.name, item.role, item.layer, LayerPlan(plan.edges, named), _by_name(selections))
@@ -272,6 +277,7 @@ def _processor(
     plan: LayerPlan,
     selections: Mapping[str | None, Selection],
     softmax_scale: float | None,
+    assume_full_masks: bool,
     options: _Options,
 ) -> AttnmuxProcessor:
     query = item.module.to_q
@@ -299,7 +305,8 @@ def _processor(
         nn.init.zeros_(gate.weight)
         nn.init.zeros_(gate.bias)
     order = [selections[name].spec.name for name in plan.backends]
-    return make_processor(item.module.processor, layers, order, gate).train(item.module.training)
+    processor = make_processor(item.module.processor, layers, order, gate, assume_full_masks=assume_full_masks)
+    return processor.train(item.module.training)
 
 
 def _by_name(selections: Mapping[str | None, Selection]) -> dict[str, Selection]:

@@ -41,12 +41,19 @@ class AttnmuxProcessor(nn.Module):
         layers: One layer per backend that the module ever uses, by backend name.
         order: Name of the backend in every phase.
         gate: Projection of the hidden states to the gate, for backends that take one; None for others.
+        assume_full_masks: The model's masks hide nothing. They are held to it and not passed on.
     """
 
     _call: Callable[..., Any]
 
     def __init__(
-        self, original: object, layers: dict[str, LocalAttention], order: Sequence[str], gate: nn.Module | None = None
+        self,
+        original: object,
+        layers: dict[str, LocalAttention],
+        order: Sequence[str],
+        gate: nn.Module | None = None,
+        *,
+        assume_full_masks: bool = False,
     ) -> None:
         super().__init__()
         self.original = original
@@ -55,6 +62,10 @@ class AttnmuxProcessor(nn.Module):
         self.takes_gate = frozenset(
             name for name, layer in layers.items() if GATE in layer.selection.spec.capabilities.extra_inputs
         )
+        self.takes_mask = frozenset(
+            name for name, layer in layers.items() if "attn_mask" in layer.selection.spec.capabilities.extra_inputs
+        )
+        self.assume_full_masks = assume_full_masks
         if gate is not None:
             self.to_gate_compress = gate
         self.has_gate = gate is not None
@@ -116,7 +127,14 @@ class AttnmuxProcessor(nn.Module):
                 f"apply(softmax_scale={wanted})"
             )
         extra: dict[str, torch.Tensor] = {}
-        if attn_mask is not None:
+        if attn_mask is not None and self.assume_full_masks:
+            _hold_to_full(attn_mask, name)
+        elif attn_mask is not None and name not in self.takes_mask:
+            raise UnsupportedRequestError(
+                f"{name} takes no mask, and the model passes one, {attn_mask.dtype} {list(attn_mask.shape)}. If it hides nothing, "
+                "as with text that is not padded, say apply(assume_full_masks=True); else choose a backend with masks"
+            )
+        elif attn_mask is not None:
             extra["attn_mask"] = attn_mask
         if gate is not None:
             extra[GATE] = gate.view(*gate.shape[:2], *query.shape[2:])
@@ -150,8 +168,25 @@ class AttnmuxProcessor(nn.Module):
             )
 
 
+def _hold_to_full(mask: torch.Tensor, backend: str) -> None:
+    """Raise if a mask hides a key; on a GPU, and in compiled code, when the device gets there, which nothing waits for."""
+    is_full = (mask if mask.dtype == torch.bool else mask == 0).all()
+    said = f"{backend}: apply(assume_full_masks=True) was said, and the model passes a mask that hides keys"
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(is_full, said)
+    elif not is_full:
+        raise UnsupportedRequestError(
+            f"{said}; leave the padding of the text out, or choose a backend with masks and leave the argument out"
+        )
+
+
 def make_processor(
-    original: object, layers: dict[str, LocalAttention], order: Sequence[str], gate: nn.Module | None = None
+    original: object,
+    layers: dict[str, LocalAttention],
+    order: Sequence[str],
+    gate: nn.Module | None = None,
+    *,
+    assume_full_masks: bool = False,
 ) -> AttnmuxProcessor:
     """Return a processor that takes the same arguments as the original.
 
@@ -169,7 +204,7 @@ def make_processor(
             "F.scaled_dot_product_attention, so that its attention cannot be replaced"
         )
     cls: Any = type(original)
-    return _processor_class(cls)(original, layers, order, gate)
+    return _processor_class(cls)(original, layers, order, gate, assume_full_masks=assume_full_masks)
 
 
 @functools.cache
