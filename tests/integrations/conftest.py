@@ -20,7 +20,7 @@ class TinyModel:
 
     def __call__(self, latents=None, timestep=500.0):
         latents = self.latents if latents is None else latents
-        times = torch.full((latents.shape[0],), float(timestep))
+        times = torch.full((latents.shape[0],), float(timestep), device=latents.device)
         return self.model(hidden_states=latents, timestep=times, **self.arguments, return_dict=False)[0]
 
     def gradients(self):
@@ -42,14 +42,19 @@ class TinyModel:
             latents = scheduler.step(self(latents, timestep), timestep, latents, return_dict=False)[0]
         return latents
 
-    def double(self):
-        """Go over to float64, the oracle's precision."""
-        self.model.double()
-        self.latents = self.latents.double()
+    def to(self, dtype, device="cpu"):
+        """Go over to another precision and device; what is no floating-point tensor keeps its dtype."""
+        self.model.to(device, dtype)
+        self.latents = self.latents.to(device, dtype)
         self.arguments = {
-            name: value.double() if value.is_floating_point() else value for name, value in self.arguments.items()
+            name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            for name, value in self.arguments.items()
         }
         return self
+
+    def double(self):
+        """Go over to float64, the oracle's precision."""
+        return self.to(torch.float64)
 
 
 def _normal(*shape):

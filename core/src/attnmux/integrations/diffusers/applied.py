@@ -15,6 +15,7 @@ from attnmux.integrations.diffusers.modules import AttentionModule, chosen, find
 from attnmux.integrations.diffusers.parameters import load_parameters
 from attnmux.integrations.diffusers.passes import ModelPasses
 from attnmux.integrations.diffusers.processor import GATE, AttnmuxProcessor, make_processor
+from attnmux.integrations.versions import require
 from attnmux.layers import LocalAttention
 from attnmux.schedule import LayerPlan, Schedule
 from attnmux.selector import select_backend
@@ -175,7 +176,9 @@ def apply(
     Raises:
         AttnmuxError: A backend cannot serve a module; nothing matches `modules`; an option belongs to no backend; the model
             is replaced already.
+        MissingPackageError: diffusers is not installed, or too old.
     """
+    require("diffusers")
     if schedule is not None and backend is not None:
         raise UnsupportedRequestError(
             f"backend={backend!r} and schedule= are both given; write the backend as the schedule's default"
