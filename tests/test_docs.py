@@ -1,6 +1,7 @@
 """The documents: code blocks and commands run, error messages exist, tables are made from the code, the site builds."""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -41,23 +42,36 @@ def test_code_of_a_page_runs_in_order(path):
         exec(compile(body, str(path), "exec"), namespace)
 
 
-def commands():
+def sessions():
+    """Every command of the pages, with the lines that a page shows below it."""
     return [
-        pytest.param(line[2:], id=f"{name(path)}: {line[2:]}")
+        pytest.param(*session.partition("\n")[::2], id=f"{name(path)}: {session.partition(chr(10))[0]}")
         for path in pages_with("console")
         for body in blocks(path, "console")
-        for line in body.splitlines()
-        if line.startswith("$ ")
+        for session in re.split(r"^\$ ", body, flags=re.MULTILINE)[1:]
     ]
 
 
-@pytest.mark.parametrize("command", commands())
-def test_command_of_a_page_runs(command, capsys):
+def plain(output):
+    """Return the lines of a command without what depends on versions and on the width of the terminal."""
+    lines = (" ".join(line.replace("─", "").split()) for line in output.splitlines())
+    return [re.sub(r"\d+(\.\d+)+(\+\w+)?", "N.N", line) for line in lines if line]
+
+
+@pytest.mark.parametrize(("command", "shown"), sessions())
+def test_command_of_a_page_prints_what_the_page_shows(command, shown, capsys, monkeypatch):
+    for variable in [key for key in os.environ if key.startswith("ATTNMUX_")]:
+        monkeypatch.delenv(variable)
     program, *arguments = shlex.split(command)
     assert program == "attnmux"
     # the one request of the documents that is refused, as its page says
     assert main(arguments) == (1 if {"VIDEO_SPARSE_ATTN", "--causal"} <= set(arguments) else 0)
-    assert capsys.readouterr().out
+    printed = capsys.readouterr()
+    # … stands for any lines, or for the rest of one
+    pattern = "".join("(.*\n)*" if line == "…" else re.escape(line).replace("…", ".*") + "\n" for line in plain(shown))
+    assert pattern
+    lines = "".join(f"{line}\n" for line in plain(printed.out + printed.err))
+    assert re.fullmatch(pattern, lines), f"{command} prints\n{lines}"
 
 
 def test_every_block_is_executed_or_plain_text():
@@ -101,6 +115,20 @@ def test_command_page_names_every_command():
 
     page = (ROOT / "docs" / "cli.md").read_text()
     assert all(f"`attnmux {command}" in page for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["list", "explain", "doctor"])
+def test_command_page_names_what_the_json_holds(command, capsys):
+    page = (ROOT / "docs" / "cli.md").read_text()
+    shown = re.search(rf"^- `{command}`: `\{{(.*?)\}}`$", page, re.MULTILINE | re.DOTALL)[1]
+    tables = {
+        key: set(re.findall(r'"(\w+)"', row)) for key, row in re.findall(r'"(\w+)": \[\{(.*?)\}\]', shown, re.DOTALL)
+    }
+    keys = set(re.findall(r'"(\w+)"', re.sub(r"\[\{.*?\}\]", "", shown, flags=re.DOTALL)))
+    assert main([command, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert keys == set(document)
+    assert all(set(row) == tables[key] for key in tables for row in document[key])
 
 
 def test_site_builds_without_a_warning(tmp_path):
