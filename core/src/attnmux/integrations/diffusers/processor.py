@@ -171,13 +171,14 @@ class AttnmuxProcessor(nn.Module):
 def _hold_to_full(mask: torch.Tensor, backend: str) -> None:
     """Raise if a mask hides a key; on a GPU, and in compiled code, when the device gets there, which nothing waits for."""
     is_full = (mask if mask.dtype == torch.bool else mask == 0).all()
-    said = f"{backend}: apply(assume_full_masks=True) was said, and the model passes a mask that hides keys"
+    said = (
+        f"{backend}: apply(assume_full_masks=True) was said, and the model passes a mask that hides keys; leave the padding of the "
+        "text out, or choose a backend with masks and leave the argument out"
+    )
     if mask.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(is_full, said)
     elif not is_full:
-        raise UnsupportedRequestError(
-            f"{said}; leave the padding of the text out, or choose a backend with masks and leave the argument out"
-        )
+        raise UnsupportedRequestError(said)
 
 
 def make_processor(
