@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from attnmux.errors import UnsupportedRequestError
+from attnmux_blocksparse.prepare import compute_dtype
 
 __all__ = [
     "EPS",
@@ -14,7 +15,6 @@ __all__ = [
     "LINEAR_KEYS",
     "TopkRule",
     "check_topk_ratio",
-    "compute_dtype",
     "count_blocks",
     "count_kept_blocks",
     "order_of_scale",
@@ -59,11 +59,6 @@ class TopkRule:
     def covers_layer(self, layer: int | None) -> bool:
         """Whether the rule holds for this layer; None is a layer without an index."""
         return self.layers is None or (layer is not None and self.layers[0] <= layer <= self.layers[1])
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def count_blocks(length: int, block: int) -> int:
