@@ -10,10 +10,18 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from attnmux import ForwardContextError, UnsupportedRequestError, get_forward_context, set_forward_context, use_backend
+from attnmux import (
+    BackendSpec,
+    Capabilities,
+    ForwardContextError,
+    UnsupportedRequestError,
+    get_forward_context,
+    set_forward_context,
+    use_backend,
+)
 from attnmux.integrations.diffusers import Rule, Schedule, apply, register_backend, unregister_backend
 from attnmux.integrations.diffusers.redirect import active
-from attnmux.testing import assert_close_to_oracle
+from attnmux.testing import assert_close_to_oracle, installed, make_backend
 
 DENSE_VSA = {"backend": "VIDEO_SPARSE_ATTN", "metadata": {"VSA_sparsity": 0.0}}
 SPARSE_VSA = {"backend": "VIDEO_SPARSE_ATTN", "metadata": {"VSA_sparsity": 0.75}}
@@ -483,3 +491,26 @@ def test_scale_of_a_foreign_processor_is_passed_or_refused():
         assert torch.equal(model(tokens), own)
     with apply(model, "TORCH_SDPA"), pytest.raises(UnsupportedRequestError, match="scale=0.3"):
         model(tokens)
+
+
+def test_backends_are_selected_for_the_device_that_is_named(make):
+    tiny = make()
+    for device, expected in ((None, "cpu"), ("cuda", "cuda"), (torch.device("cuda", 0), "cuda:0")):
+        with apply(tiny.model, "TORCH_SDPA", device=device) as handle:
+            selection = handle.replaced[0].selections["TORCH_SDPA"]
+            assert selection.report.to_dict()["request"]["device"] == expected
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "device", "says"), [(True, None, True), (False, None, False), (True, "cpu", False)]
+)
+def test_model_that_is_still_on_the_cpu_is_pointed_out(make, monkeypatch, has_gpu, device, says):
+    spec = BackendSpec(
+        "GPU_ATTN",
+        target="made:Backend",
+        capabilities=Capabilities(dtypes={"float32"}, head_sizes={64}, devices={"cuda"}),
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    with installed(spec, make_backend("GPU_ATTN")), pytest.raises(UnsupportedRequestError, match="cpu") as refused:
+        apply(make().model, "GPU_ATTN", device=device)
+    assert ("give apply(device='cuda')" in str(refused.value)) is says

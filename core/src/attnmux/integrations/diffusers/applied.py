@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from attnmux.errors import AttnmuxError, UnsupportedRequestError
@@ -145,6 +146,7 @@ def apply(
     impl_args: Mapping[str, Any] | None = None,
     softmax_scale: float | None = None,
     assume_full_masks: bool = False,
+    device: torch.device | str | None = None,
     checkpoint: str | Path | None = None,
 ) -> Applied:
     """Replace the attention inside a diffusers transformer by an attnmux backend.
@@ -167,6 +169,7 @@ def apply(
             They are not passed on, so that backends without masks serve the model, and others are faster. A mask that hides
             a key all the same raises on a CPU; on a GPU it is a device-side assertion, which ends the process's use of
             the device. Nothing waits for the device.
+        device: Where the model will run, such as "cuda" for one that is offloaded or moved later; None = where it is now.
         checkpoint: File or folder in safetensors form from which the backends' parameters come; those that it lacks keep
             their initial values, and a warning says which.
 
@@ -192,7 +195,7 @@ def apply(
     replaced, processors = [], []
     for item in targets:
         plan = schedule.resolve(item.layer, num_layers, item.role)
-        selections = _select(item, plan, softmax_scale, model)
+        selections = _select(item, plan, softmax_scale, None if device is None else str(device), model)
         processors.append(_processor(item, plan, selections, softmax_scale, assume_full_masks, options))
         named = tuple(selections[name].spec.name for name in plan.backends)
         replaced.append(
@@ -249,7 +252,7 @@ class _Options:
 
 
 def _select(
-    item: AttentionModule, plan: LayerPlan, softmax_scale: float | None, model: nn.Module
+    item: AttentionModule, plan: LayerPlan, softmax_scale: float | None, device: str | None, model: nn.Module
 ) -> dict[str | None, Selection]:
     """Return the selection of each backend of a plan, under the name that the plan gives."""
     weight = item.module.to_q.weight
@@ -258,7 +261,7 @@ def _select(
         request = AttentionRequest(
             head_size=item.head_size,
             dtype=str(weight.dtype),
-            device=str(weight.device),
+            device=str(weight.device) if device is None else device,
             num_heads=item.num_heads,
             num_kv_heads=item.num_kv_heads,
             cross_attention=item.role == "cross",
@@ -270,7 +273,12 @@ def _select(
         try:
             selections[name] = select_backend(request, backend=name)
         except AttnmuxError as error:
-            error.args = (f"{item.name} ({item.role} attention): {error}", *error.args[1:])
+            text = f"{item.name} ({item.role} attention): {error}"
+            if device is None and weight.device.type == "cpu" and torch.cuda.is_available():
+                text += (
+                    " The model is on the CPU; where it will run on a GPU, move it first or give apply(device='cuda')."
+                )
+            error.args = (text, *error.args[1:])
             raise
     return selections
 
