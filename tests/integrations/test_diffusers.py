@@ -166,6 +166,21 @@ def test_text_refiner_is_no_self_attention_of_the_video(make):
 
 
 @pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        ("wan", ["blocks.0.attn1", "blocks.1.attn1", "blocks.2.attn1"]),
+        ("hunyuan_video", ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]),
+        ("cogvideox", ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]),
+    ],
+)
+def test_layers_know_their_place_whatever_the_model_calls_them(make, model, names):
+    tiny = make(model)
+    with apply(tiny.model, "SLA_ATTN"):
+        impls = [tiny.model.get_submodule(name).processor.attention["SLA_ATTN"].attn_impl for name in names]
+        assert [impl.layer_idx for impl in impls] == list(range(len(names)))
+
+
+@pytest.mark.parametrize(
     ("call", "text"),
     [
         ({"modules": "blocks.9.*"}, "0 of 6 attention modules match 'blocks.9.*'; there are 3 self, 3 cross, 0 other"),

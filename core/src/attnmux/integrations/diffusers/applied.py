@@ -231,8 +231,11 @@ class _Options:
         self.metadata = metadata
         self._used: set[tuple[str, str]] = set()
 
-    def for_impl(self, backend: type[AttentionBackend]) -> dict[str, Any]:
-        return self._known("impl_args", self.impl_args, backend.get_impl_cls().__init__)
+    def for_impl(self, backend: type[AttentionBackend], layer: int) -> dict[str, Any]:
+        init: Any = backend.get_impl_cls().__init__
+        # impls that act by the layer's index look for it in the prefix, where not every model has it
+        index = {"layer_idx": layer} if layer >= 0 and "layer_idx" in inspect.signature(init).parameters else {}
+        return {**index, **self._known("impl_args", self.impl_args, init)}
 
     def for_builder(self, backend: type[AttentionBackend]) -> dict[str, Any]:
         return self._known("metadata", self.metadata, backend.get_builder_cls().build)
@@ -304,7 +307,7 @@ def _processor(
             backend=selection.spec.name,
             dtype=query.weight.dtype,
             prefix=item.name,
-            **options.for_impl(selection.backend_class),
+            **options.for_impl(selection.backend_class, item.layer),
         )
         layers[selection.spec.name] = layer.to(query.weight.device)
     gate = None
