@@ -22,6 +22,8 @@ from attnmux import (
 from attnmux.integrations.diffusers import Rule, Schedule, apply, register_backend, unregister_backend
 from attnmux.integrations.diffusers.redirect import active
 from attnmux.testing import assert_close_to_oracle, installed, make_backend
+from attnmux_sla import TopkRule
+from attnmux_vsa import SparsitySchedule
 
 DENSE_VSA = {"backend": "VIDEO_SPARSE_ATTN", "metadata": {"VSA_sparsity": 0.0}}
 SPARSE_VSA = {"backend": "VIDEO_SPARSE_ATTN", "metadata": {"VSA_sparsity": 0.75}}
@@ -282,10 +284,21 @@ def test_selection_follows_scope_when_nothing_is_named(make):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("method", "graphs"), [("VSA", 1), ("SLA", 1), ("VMOBA", 2)])
-def test_blocks_compile_once_for_all_layers_of_a_kind_and_all_steps(make, method, graphs, compiled_afresh):
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [
+        (SPARSE["VSA"], 1),
+        (SPARSE["SLA"], 1),
+        (SPARSE["VMOBA"], 2),
+        # the first layer is another than the second and the third, which are alike
+        ({**SPARSE["VSA"], "metadata": {"VSA_sparsity": SparsitySchedule(sparsity=0.75, dense_layers=(0,))}}, 2),
+        ({**SPARSE["SLA"], "metadata": {"schedule": [TopkRule(0.5, layers=(0, 0))]}}, 2),
+    ],
+    ids=["VSA", "SLA", "VMOBA", "VSA by layer", "SLA by layer"],
+)
+def test_blocks_compile_once_for_all_layers_of_a_kind_and_all_steps(make, options, graphs, compiled_afresh):
     tiny = make()
-    with apply(tiny.model, **SPARSE[method]) as handle:
+    with apply(tiny.model, **options) as handle:
         expected = tiny()
         counter = CompileCounterWithBackend("aot_eager")
         tiny.model.compile_repeated_blocks(fullgraph=True, backend=counter)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from attnmux.errors import UnsupportedRequestError
 from attnmux_blocksparse.prepare import compute_dtype
+
+if TYPE_CHECKING:
+    from attnmux.backend import LayerPlace
 
 __all__ = [
     "EPS",
@@ -56,9 +60,9 @@ class TopkRule:
         """Whether the rule holds during this step."""
         return self.steps is None or self.steps[0] <= step <= self.steps[1]
 
-    def covers_layer(self, layer: int | None) -> bool:
-        """Whether the rule holds for this layer; None is a layer without an index."""
-        return self.layers is None or (layer is not None and self.layers[0] <= layer <= self.layers[1])
+    def covers_layer(self, place: LayerPlace) -> bool:
+        """Whether the rule holds for the layer at this place."""
+        return self.layers is None or place.is_within(*self.layers)
 
 
 def count_blocks(length: int, block: int) -> int:
