@@ -109,7 +109,8 @@ def raised():
 
 
 def rows_of_troubleshooting():
-    rows = re.findall(r"^\| `(.*?)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    cells = re.findall(r"^\| (`.*?`) \| ", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    rows = [row for cell in cells for row in cell[1:-1].split("` or `")]
     return {row: re.compile(".*".join(re.escape(part.strip()) for part in row.split("…")), re.DOTALL) for row in rows}
 
 
