@@ -379,6 +379,32 @@ def test_schedule_by_layer_role_and_step(make):
         assert torch.equal(tiny(), sparse)
 
 
+BY_STEP = {
+    "VSA": {
+        "backend": "VIDEO_SPARSE_ATTN",
+        "metadata": {"VSA_sparsity": SparsitySchedule(sparsity=0.75, dense_steps=2)},
+    },
+    "SLA": {"backend": "SLA_ATTN", "metadata": {"schedule": [TopkRule(1.0, steps=(1, 1))]}},
+    "VMOBA": {"backend": "VMOBA_ATTN", "metadata": {"first_full_step": 2}},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", BY_STEP)
+def test_options_by_step_without_a_step_are_an_error_and_not_step_0(make, method):
+    tiny = make()
+    with apply(tiny.model, **BY_STEP[method]) as handle:
+        with pytest.raises(ForwardContextError, match="depend on the denoising step, and nothing says which"):
+            tiny()
+        outputs = []
+        for step in (1, 4):
+            handle.step = step
+            outputs.append(tiny())
+        with set_forward_context(current_timestep=4):
+            assert torch.equal(tiny(), outputs[1])
+    assert not torch.equal(*outputs)
+
+
 @torch.no_grad()
 def test_schedule_by_step_compiles_once_per_phase(make, compiled_afresh):
     tiny = make()
