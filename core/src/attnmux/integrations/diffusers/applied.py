@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from attnmux.errors import AttnmuxError, UnsupportedRequestError
-from attnmux.integrations.diffusers.modules import AttentionModule, chosen, find_attention
+from attnmux.integrations.diffusers.modules import AttentionModule, chosen, chosen_as_self, find_attention
 from attnmux.integrations.diffusers.parameters import load_parameters
 from attnmux.integrations.diffusers.passes import ModelPasses
 from attnmux.integrations.diffusers.processor import GATE, AttnmuxProcessor, make_processor
@@ -196,7 +196,8 @@ def apply(
     for item in targets:
         plan = schedule.resolve(item.layer, num_layers, item.role)
         selections = _select(item, plan, softmax_scale, None if device is None else str(device), model)
-        processors.append(_processor(item, plan, selections, softmax_scale, assume_full_masks, options))
+        held = {"assume_full_masks": assume_full_masks, "is_self": chosen_as_self(item, modules)}
+        processors.append(_processor(item, plan, selections, softmax_scale, held, options))
         named = tuple(selections[name].spec.name for name in plan.backends)
         replaced.append(
             Replacement(item.name, item.role, item.layer, LayerPlan(plan.edges, named), _by_name(selections))
@@ -291,7 +292,7 @@ def _processor(
     plan: LayerPlan,
     selections: Mapping[str | None, Selection],
     softmax_scale: float | None,
-    assume_full_masks: bool,
+    held: Mapping[str, bool],
     options: _Options,
 ) -> AttnmuxProcessor:
     query = item.module.to_q
@@ -319,7 +320,7 @@ def _processor(
         nn.init.zeros_(gate.weight)
         nn.init.zeros_(gate.bias)
     order = [selections[name].spec.name for name in plan.backends]
-    processor = make_processor(item.module.processor, layers, order, gate, assume_full_masks=assume_full_masks)
+    processor = make_processor(item.module.processor, layers, order, gate, **held)
     return processor.train(item.module.training)
 
 

@@ -42,6 +42,7 @@ class AttnmuxProcessor(nn.Module):
         order: Name of the backend in every phase.
         gate: Projection of the hidden states to the gate, for backends that take one; None for others.
         assume_full_masks: The model's masks hide nothing. They are held to it and not passed on.
+        is_self: The module was chosen as self-attention, and is held to it.
     """
 
     _call: Callable[..., Any]
@@ -54,6 +55,7 @@ class AttnmuxProcessor(nn.Module):
         gate: nn.Module | None = None,
         *,
         assume_full_masks: bool = False,
+        is_self: bool = False,
     ) -> None:
         super().__init__()
         self.original = original
@@ -66,6 +68,7 @@ class AttnmuxProcessor(nn.Module):
             name for name, layer in layers.items() if "attn_mask" in layer.selection.spec.capabilities.extra_inputs
         )
         self.assume_full_masks = assume_full_masks
+        self.is_self = is_self
         if gate is not None:
             self.to_gate_compress = gate
         self.has_gate = gate is not None
@@ -125,6 +128,12 @@ class AttnmuxProcessor(nn.Module):
             raise UnsupportedRequestError(
                 f"{name}: the model asks for scale={wanted}, the layer was built with {layer.attn_impl.softmax_scale}; give "
                 f"apply(softmax_scale={wanted})"
+            )
+        if self.is_self and query.shape[1] != key.shape[1]:
+            raise UnsupportedRequestError(
+                f"{layer.attn_impl.prefix} was chosen as self-attention, and it attends from {query.shape[1]} tokens to "
+                f"{key.shape[1]}: the model does not say that this is another attention. Choose modules by patterns of "
+                "paths, such as 'blocks.*.attn1'"
             )
         extra: dict[str, torch.Tensor] = {}
         if attn_mask is not None and self.assume_full_masks:
@@ -188,6 +197,7 @@ def make_processor(
     gate: nn.Module | None = None,
     *,
     assume_full_masks: bool = False,
+    is_self: bool = False,
 ) -> AttnmuxProcessor:
     """Return a processor that takes the same arguments as the original.
 
@@ -205,7 +215,7 @@ def make_processor(
             "F.scaled_dot_product_attention, so that its attention cannot be replaced"
         )
     cls: Any = type(original)
-    return _processor_class(cls)(original, layers, order, gate, assume_full_masks=assume_full_masks)
+    return _processor_class(cls)(original, layers, order, gate, assume_full_masks=assume_full_masks, is_self=is_self)
 
 
 @functools.cache
