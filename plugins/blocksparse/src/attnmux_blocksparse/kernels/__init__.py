@@ -1,8 +1,5 @@
 """Engines of the block-sparse operator: which can serve a call, and why the others cannot.
 
-`pick_engine` and `gpu_reasons` are for operators of other packages around this one, too: a choice of an engine reads alike
-everywhere, and what a kernel needs of a card is said once.
-
 Importing this module imports no triton; an engine's kernels are imported when it first runs.
 """
 
@@ -10,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,9 +20,6 @@ from attnmux_blocksparse.kernels.configs import (
     FA4_HEAD_SIZES,
     HOPPER_HEAD_SIZES,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
 
 ENGINES = ("reference", "triton", "hopper", "fa4")
 HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -63,23 +56,20 @@ def device_capability(x: torch.Tensor) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(x.device)
 
 
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def _reaches(device: int | None, major: int, minor: int) -> bool:
-    return torch.cuda.get_device_capability(device) >= (major, minor)
+def _launches_on(device: int | None) -> bool:
+    if find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= TRITON_MINIMUM
 
 
 # Asked while torch.compile traces too, for which the search for packages is no graph. This is what
 # torch.compiler.assume_constant_result sets; the decorator itself would import triton.
-_has_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_reaches._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_launches_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def can_launch(x: torch.Tensor) -> bool:
     """Whether Triton kernels run where x is."""
-    return x.is_cuda and torch.version.hip is None and _has_triton() and _reaches(x.device.index, *TRITON_MINIMUM)
+    return x.is_cuda and _launches_on(x.device.index)
 
 
 def reference_reasons(request: KernelRequest) -> list[Reason]:
@@ -91,7 +81,16 @@ def reference_reasons(request: KernelRequest) -> list[Reason]:
 
 def triton_reasons(request: KernelRequest) -> list[Reason]:
     """Why the plain Triton engine cannot serve the call; empty if it can."""
-    return gpu_reasons(request.q, request.k) + head_size_reasons(request.head_dim, 256)
+    reasons = _gpu_reasons(request, minimum=TRITON_MINIMUM)
+    if request.head_dim % 16 or not 16 <= request.head_dim <= 256:
+        reasons.append(
+            Reason(
+                "head_size",
+                f"head_dim={request.head_dim}; supported: multiples of 16 from 16 to 256",
+                "pad the head, or use engine='reference'",
+            )
+        )
+    return reasons
 
 
 def hopper_reasons(request: KernelRequest) -> list[Reason]:
@@ -99,7 +98,7 @@ def hopper_reasons(request: KernelRequest) -> list[Reason]:
 
     It runs what measured fastest on sm90: warp-specialised kernels where `configs` has a row for them, else plain Triton.
     """
-    reasons = gpu_reasons(request.q, request.k, minimum=(9, 0))
+    reasons = _gpu_reasons(request, minimum=(9, 0))
     reasons += _newer_card_reasons(request)
     if request.head_dim not in HOPPER_HEAD_SIZES:
         supported = list(HOPPER_HEAD_SIZES)
@@ -120,7 +119,7 @@ def fa4_reasons(request: KernelRequest) -> list[Reason]:
         reasons.append(
             Reason("flash_attn", "flash-attn-4 is not installed", "pip install 'flash-attn-4>=4.0.0b36'"),
         )
-    reasons += gpu_reasons(request.q, request.k, minimum=(9, 0)) + _newer_card_reasons(request)
+    reasons += _gpu_reasons(request, minimum=(9, 0)) + _newer_card_reasons(request)
     if request.head_dim not in FA4_HEAD_SIZES:
         reasons.append(
             Reason(
@@ -184,50 +183,25 @@ def _scale_and_stride_reasons(request: KernelRequest) -> list[Reason]:
     return reasons
 
 
-def gpu_reasons(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    *,
-    minimum: tuple[int, int] = TRITON_MINIMUM,
-    dtypes: Sequence[torch.dtype] = HALF_TYPES,
-) -> list[Reason]:
-    """What every GPU engine needs: triton, an NVIDIA card, a type that it computes, something to compute.
-
-    Args:
-        q: Any shape; only type, shape and device are looked at.
-        k: Likewise.
-        minimum: Compute capability from which on the kernels run.
-        dtypes: Types of q that they take.
-    """
+def _gpu_reasons(request: KernelRequest, minimum: tuple[int, int]) -> list[Reason]:
+    """What every GPU engine needs: triton, an NVIDIA card, a half type, something to compute."""
     reasons = []
-    if not _has_triton():
+    if find_spec("triton") is None:
         reasons.append(Reason("triton", "the package triton is not installed", "pip install triton"))
-    capability = device_capability(q)
+    capability = device_capability(request.q)
     if capability is None:
         reasons.append(
-            Reason("device", f"q is on {q.device.type!r}; an NVIDIA GPU is needed", "use engine='reference'")
+            Reason("device", f"q is on {request.q.device.type!r}; an NVIDIA GPU is needed", "use engine='reference'")
         )
     elif capability < minimum:
         reasons.append(Reason("architecture", f"compute capability {capability}; at least {minimum} is needed"))
-    if q.dtype not in dtypes:
-        supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        reasons.append(Reason("dtype", f"q is {q.dtype}; supported: {supported}", "cast, or use engine='reference'"))
-    if 0 in q.shape or 0 in k.shape:
+    if request.q.dtype not in HALF_TYPES:
+        reasons.append(
+            Reason("dtype", f"q is {request.q.dtype}; supported: bfloat16, float16", "cast, or use engine='reference'")
+        )
+    if 0 in request.q.shape or 0 in request.k.shape:
         reasons.append(Reason("shape", "a tensor without elements", "use engine='reference'"))
     return reasons
-
-
-def head_size_reasons(head_dim: int, largest: int) -> list[Reason]:
-    """What Triton's matrix products need: head sizes in steps of 16 up to the largest that fits."""
-    if head_dim % 16 == 0 and 16 <= head_dim <= largest:
-        return []
-    return [
-        Reason(
-            "head_size",
-            f"head_dim={head_dim}; supported: multiples of 16 from 16 to {largest}",
-            "pad the head, or use engine='reference'",
-        )
-    ]
 
 
 REASONS = {"reference": reference_reasons, "triton": triton_reasons, "hopper": hopper_reasons, "fa4": fa4_reasons}
@@ -238,40 +212,22 @@ def is_supported(engine: str, request: KernelRequest) -> list[Reason]:
     return REASONS[engine](request)
 
 
-def pick_engine(
-    name: str | None, engines: Sequence[str], order: Sequence[str], reasons: Callable[[str], list[Reason]]
-) -> str:
-    """Return the named engine, or the first of an order that serves the call.
-
-    Args:
-        name: Engine that was asked for; None or empty = none.
-        engines: Every engine there is.
-        order: Those that are taken without being named, the fastest first.
-        reasons: Why an engine cannot serve the call; empty if it can.
-
-    Raises:
-        UnsupportedRequestError: The named engine is unknown or cannot serve the call, or none can; with every reason.
-    """
-    if name:
-        if name not in engines:
-            raise UnsupportedRequestError(f"engine={name!r} is not known; engines are {', '.join(engines)}.")
-        found = reasons(name)
-        if found:
-            raise UnsupportedRequestError(
-                f"engine {name!r} cannot run this call: " + "; ".join(map(str, found)) + ".", found
-            )
-        return name
-    for candidate in order:
-        if not reasons(candidate):
-            return candidate
-    found = reasons(order[-1])
-    raise UnsupportedRequestError("no engine can run this call: " + "; ".join(map(str, found)) + ".", found)
-
-
 def choose_engine(name: str | None, request: KernelRequest) -> str:
     """The named engine, or the first of the measured order that serves the call.
 
     Raises:
         UnsupportedRequestError: the named engine is unknown or cannot serve the call, with every reason.
     """
-    return pick_engine(name, ENGINES, AUTOMATIC_ORDER, lambda engine: is_supported(engine, request))
+    if name:
+        if name not in ENGINES:
+            raise UnsupportedRequestError(f"engine={name!r} is not known; engines are {', '.join(ENGINES)}.")
+        reasons = is_supported(name, request)
+        if reasons:
+            raise UnsupportedRequestError(
+                f"engine {name!r} cannot run this call: " + "; ".join(map(str, reasons)) + ".", reasons
+            )
+        return name
+    for candidate in AUTOMATIC_ORDER:
+        if not is_supported(candidate, request):
+            return candidate
+    raise UnsupportedRequestError(f"no engine takes q of type {request.q.dtype}.", reference_reasons(request))

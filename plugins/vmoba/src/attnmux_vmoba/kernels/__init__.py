@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from attnmux.errors import UnsupportedRequestError
 from attnmux.spec import Reason
 from attnmux_blocksparse.kernels import KernelRequest as BlockSparseRequest
-from attnmux_blocksparse.kernels import pick_engine
 from attnmux_blocksparse.kernels import triton_reasons as block_sparse_reasons
 
 if TYPE_CHECKING:
@@ -60,6 +60,11 @@ def choose_engine(name: str | None, request: KernelRequest) -> str:
     Raises:
         UnsupportedRequestError: The named engine is unknown or cannot serve the call, with every reason.
     """
-    return pick_engine(
-        name, ENGINES, ("triton", "reference"), lambda engine: triton_reasons(request) if engine == "triton" else []
-    )
+    if name and name not in ENGINES:
+        raise UnsupportedRequestError(f"engine={name!r} is not known; engines are {', '.join(ENGINES)}")
+    if name == "reference":
+        return name
+    reasons = triton_reasons(request)
+    if name and reasons:
+        raise UnsupportedRequestError(f"engine {name!r} cannot run this call: " + "; ".join(map(str, reasons)), reasons)
+    return "reference" if reasons else "triton"
