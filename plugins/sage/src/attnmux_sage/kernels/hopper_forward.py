@@ -178,7 +178,7 @@ def _softmax(s, q_scale, scale_a, scale_b, m, l, valid_a, valid_b, FIRST: gl.con
     SL: gl.constexpr = s.type.layout
     RS: gl.constexpr = gl.SliceLayout(1, SL)
     if FIRST:
-        # Any int32 below every score; it becomes a weight of 0 whatever the scales are, see the floor of m.
+        # Scales are positive normal numbers (see the floors in `prepare`), so that -inf stays -inf.
         if valid_a + valid_b < 128:
             cols = gl.arange(0, 128, layout=gl.SliceLayout(0, SL))
             keep = (cols < gl.minimum(valid_a, 64)) | ((cols >= 64) & (cols < 64 + valid_b))
