@@ -26,7 +26,7 @@ $(VENV)/.ready: $(SOURCES)
 	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 10) else 'attnmux needs Python >= 3.10, this is ' + sys.version)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e "core[demo,dev,test]" $(patsubst %,-e '%[test]',$(PACKAGES))
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e "core[demo,dev,docs,integrations,test]" $(patsubst %,-e '%[test]',$(PACKAGES))
 	touch $@
 
 clean:

@@ -106,6 +106,7 @@ def plan():
                     f"block-sparse {case.blocks}", "hopper", sized, direction,
                     lambda c=sized, d=direction: attention_case(c, ours(c, "hopper"), d),
                 )  # fmt: skip
+    flash_dense = DENSE_PEERS["FLASH_ATTN_4", "cute"]
     flash_sparse = BLOCK_SPARSE_PEERS["FLASH_ATTN_4", "cute, block-sparse"]
     for length in (32768, WHOLE_WAVES):
         sized = dataclasses.replace(square, S_q=length, S_k=length, directions=("forward",))
@@ -122,14 +123,13 @@ def plan():
             direction,
             lambda d=direction: attention_case(lists, ours(lists, "hopper"), d),
         )
-        for who in (("SDPA", "cudnn"), ("FLASH_ATTN_4", "cute")):
-            yield (
-                "dense",
-                " ".join(who),
-                dense,
-                direction,
-                lambda w=who, d=direction: attention_case(dense, DENSE_PEERS[w](dense).attend, d),
-            )
+        yield (
+            "dense",
+            "flash-attn 4",
+            dense,
+            direction,
+            lambda d=direction: attention_case(dense, flash_dense(dense).attend, d),
+        )
 
 
 def main():

@@ -42,5 +42,5 @@ def test_hard_dependencies_of_the_core_are_the_few_that_were_agreed():
 
 def test_licence_travels_with_every_package():
     licence = (ROOT / "LICENSE").read_text()
-    for path in [*PYPROJECTS, ROOT / "examples" / "third_party_backend" / "pyproject.toml"]:
+    for path in [*PYPROJECTS, *ROOT.glob("examples/*/pyproject.toml")]:
         assert (path.parent / "LICENSE").read_text() == licence

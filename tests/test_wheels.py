@@ -122,10 +122,11 @@ def test_one_plugin_is_found_and_passes_its_tests(with_vsa):
 @pytest.fixture(scope="module")
 def with_blocksparse(with_vsa):
     with_vsa.install("attnmux-blocksparse")
+    with_vsa.install("attnmux-sla")
     return with_vsa
 
 
-@pytest.mark.parametrize("name", ["BLOCK_SPARSE_ATTN", "VIDEO_SPARSE_ATTN"])
+@pytest.mark.parametrize("name", ["BLOCK_SPARSE_ATTN", "SLA_ATTN", "VIDEO_SPARSE_ATTN"])
 def test_installed_plugins_pass_the_conformance_suite(with_blocksparse, name):
     assert with_blocksparse.backends()[name]["status"] == "available"
     with_blocksparse.attnmux("check", name, "--device", "cpu")
@@ -142,6 +143,22 @@ def test_third_party_backend_is_found_checked_and_passes_its_tests(with_third_pa
     assert (row["status"], row["distribution"]) == ("available", "attnmux-window")
     assert " passed" in with_third_party.pytest("examples/third_party_backend/tests")
     with_third_party.attnmux("check", "WINDOW_ATTN")
+
+
+@pytest.mark.parametrize("method", ["nabla", "radial"])
+def test_example_method_is_found_and_checked_from_its_wheel(with_third_party, method):
+    with_third_party.install(f"attnmux-{method}")
+    name = f"{method.upper()}_ATTN"
+    assert with_third_party.backends()[name]["status"] == "available"
+    # the conformance suite is among them
+    assert " passed" in with_third_party.pytest(f"examples/{method}/tests")
+
+
+@pytest.mark.parametrize("method", ["nabla", "radial"])
+def test_example_method_is_small(method):
+    package = ROOT / "examples" / method / "src" / f"attnmux_{method}"
+    lines = {path.name: len(path.read_text().splitlines()) for path in package.glob("*.py")}
+    assert lines["plugin.py"] + lines["backend.py"] < 150
 
 
 def test_third_party_backend_is_small():

@@ -10,6 +10,7 @@ from attnmux import (
     DenseMetadataBuilder,
     UnsupportedRequestError,
 )
+from attnmux.backend import layer_index
 
 
 class Impl(AttentionImpl):
@@ -65,3 +66,23 @@ def test_dense_builder_refuses_what_it_has_no_use_for():
     assert builder.build(current_timestep=4).current_timestep == 4
     with pytest.raises(UnsupportedRequestError, match="dense attention has no use for VSA_sparsity"):
         builder.build(current_timestep=4, VSA_sparsity=0.5)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "layer_idx", "index"),
+    [
+        ("", None, None),
+        ("blocks.3.attn", None, 3),
+        ("model.blocks.12", None, 12),
+        ("myblocks.3", None, None),
+        ("blocks.3", 0, 0),
+    ],
+)
+def test_layer_index_is_that_of_the_prefix_unless_it_is_given(prefix, layer_idx, index):
+    assert layer_index(prefix, layer_idx) == index
+
+
+@pytest.mark.parametrize("layer_idx", [-1, True, 1.5])
+def test_layer_index_out_of_range_is_refused(layer_idx):
+    with pytest.raises(UnsupportedRequestError, match=r"layer_idx=.* must be an integer >= 0"):
+        layer_index("", layer_idx)

@@ -375,6 +375,7 @@ def test_doctor_reports_a_listed_distribution_that_is_not_installed(variable, ru
     [
         ("ATTNMUX_BACKEND", "TORCH_SPDA", "ATTNMUX_BACKEND='TORCH_SPDA'"),
         ("ATTNMUX_STRICT", "perhaps", "neither true nor false"),
+        ("ATTNMUX_DIST_CHECK", "perhaps", "ATTNMUX_DIST_CHECK='perhaps' is neither true nor false"),
     ],
 )
 def test_doctor_reports_a_wrong_value(variable, value, problem, run_json, monkeypatch):
@@ -385,8 +386,9 @@ def test_doctor_reports_a_wrong_value(variable, value, problem, run_json, monkey
 def test_right_values_are_no_problem(run_json, monkeypatch):
     monkeypatch.setenv("ATTNMUX_BACKEND", "torch_sdpa")
     monkeypatch.setenv("ATTNMUX_STRICT", "0")
+    monkeypatch.setenv("ATTNMUX_DIST_CHECK", "on")
     environment = run_json("doctor")["environment"]
-    assert [entry["problem"] for entry in environment.values()] == [None] * 4
+    assert [entry["problem"] for entry in environment.values()] == [None] * 5
 
 
 def test_doctor_prints_tables_and_tracebacks(capsys, install):

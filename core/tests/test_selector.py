@@ -136,8 +136,10 @@ def test_allow_list_that_is_a_string_is_refused():
         choose(supported="TORCH_SDPA")
 
 
-@pytest.mark.parametrize("default", ["VMOBA_ATTN", "NOBODY_ATTN", "ZETA_ATTN"])
+@pytest.mark.parametrize("default", ["SAGE_ATTN", "NOBODY_ATTN", "ZETA_ATTN"])
 def test_default_that_cannot_serve_gives_way_with_the_reason_in_the_report(install, default):
+    if default in get_registry().records():
+        pytest.skip(f"{default} is installed")
     install("ZETA_ATTN", capabilities=Capabilities(exactness="exact"))
     chosen = choose(default_backend=default)
     assert (chosen.spec.name, chosen.source) == ("TORCH_SDPA", "automatic")

@@ -48,6 +48,18 @@ def test_strict_reads_true_and_false_words(monkeypatch, word, strict):
     assert read_environment().is_strict is strict
 
 
+@pytest.mark.parametrize(("word", "checks"), [("1", True), ("On", True), ("0", False), ("", False)])
+def test_dist_check_reads_true_and_false_words(monkeypatch, word, checks):
+    monkeypatch.setenv("ATTNMUX_DIST_CHECK", word)
+    assert read_environment().checks_every_exchange is checks
+
+
+def test_dist_check_refuses_other_words(monkeypatch):
+    monkeypatch.setenv("ATTNMUX_DIST_CHECK", "maybe")
+    with pytest.raises(UnsupportedRequestError, match="ATTNMUX_DIST_CHECK='maybe' is neither true nor false"):
+        _ = read_environment().checks_every_exchange
+
+
 def test_strict_refuses_other_words(monkeypatch):
     monkeypatch.setenv("ATTNMUX_STRICT", "maybe")
     with pytest.raises(UnsupportedRequestError, match="ATTNMUX_STRICT='maybe' is neither true nor false"):

@@ -21,6 +21,7 @@ from attnmux.errors import (
     PluginApiError,
     PluginConflictError,
     PluginLoadError,
+    SequenceParallelError,
     UnknownBackendError,
     UnsupportedRequestError,
 )
@@ -42,8 +43,9 @@ if TYPE_CHECKING:
         DenseMetadataBuilder,
     )
     from attnmux.context import ForwardContext, get_forward_context, set_forward_context
+    from attnmux.distributed import SeqPlan, SPGroup, init_sequence_parallel, use_sp
     from attnmux.hookspecs import hookimpl
-    from attnmux.layers import LocalAttention
+    from attnmux.layers import DistributedAttention, DistributedAttention_VSA, LocalAttention
     from attnmux.report import SelectionReport
     from attnmux.selector import (
         Selection,
@@ -70,6 +72,8 @@ __all__ = [
     "BackendUnavailableError",
     "Capabilities",
     "DenseMetadataBuilder",
+    "DistributedAttention",
+    "DistributedAttention_VSA",
     "ForwardContext",
     "ForwardContextError",
     "LocalAttention",
@@ -78,8 +82,11 @@ __all__ = [
     "PluginConflictError",
     "PluginLoadError",
     "Reason",
+    "SPGroup",
     "Selection",
     "SelectionReport",
+    "SeqPlan",
+    "SequenceParallelError",
     "UnknownBackendError",
     "UnsupportedRequestError",
     "__version__",
@@ -92,9 +99,11 @@ __all__ = [
     "global_force_attn_backend",
     "global_force_attn_backend_context_manager",
     "hookimpl",
+    "init_sequence_parallel",
     "select_backend",
     "set_forward_context",
     "use_backend",
+    "use_sp",
 ]
 
 __version__ = "0.1.0"
@@ -109,7 +118,8 @@ _LAZY = {
     ),
     "attnmux.context": ("ForwardContext", "get_forward_context", "set_forward_context"),
     "attnmux.hookspecs": ("hookimpl",),
-    "attnmux.layers": ("LocalAttention",),
+    "attnmux.distributed": ("SPGroup", "SeqPlan", "init_sequence_parallel", "use_sp"),
+    "attnmux.layers": ("DistributedAttention", "DistributedAttention_VSA", "LocalAttention"),
     "attnmux.report": ("SelectionReport",),
     "attnmux.selector": (
         "Selection",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -28,6 +29,7 @@ __all__ = [
     "AttentionMetadata",
     "AttentionMetadataBuilder",
     "DenseMetadataBuilder",
+    "layer_index",
 ]
 
 REQUIRED_METHODS = ("get_name", "get_impl_cls", "get_metadata_cls", "get_builder_cls", "get_supported_head_sizes")
@@ -191,6 +193,16 @@ class AttentionImpl(ABC, Generic[T]):
         self.causal = causal
         self.num_kv_heads = num_kv_heads
         self.prefix = prefix
+        self.head_range = (0, num_heads)
+        self.total_num_heads = num_heads
+
+    def set_head_range(self, first: int, last: int, *, total: int) -> None:
+        """Learn which heads of the layer this impl computes: [first, last) of `total`; the rest is on other ranks.
+
+        Called once, after construction and only under sequence parallelism, where `num_heads` is this rank's share.
+        """
+        self.head_range = (first, last)
+        self.total_num_heads = total
 
     def preprocess_qkv(self, qkv: torch.Tensor, attn_metadata: T | None) -> torch.Tensor:
         """Rearrange q, k or v before attention; the same on each, independent of the batch. Identity by default.
@@ -224,3 +236,24 @@ class AttentionImpl(ABC, Generic[T]):
         Returns:
             `[B, S_q, H, D]` in the dtype of `query`.
         """
+
+
+def layer_index(prefix: str, layer_idx: int | None = None) -> int | None:
+    """Return the index of a layer, for impls that act by it.
+
+    Args:
+        prefix: Name of the layer in its model; the number after a component "blocks" is the index.
+        layer_idx: The index itself, >= 0, instead.
+
+    Returns:
+        The index, from 0; None if neither says it.
+
+    Raises:
+        UnsupportedRequestError: `layer_idx` is not an integer >= 0.
+    """
+    if layer_idx is None:
+        found = re.search(r"(?:^|\.)blocks\.(\d+)(?:\.|$)", prefix)
+        return int(found[1]) if found else None
+    if not isinstance(layer_idx, int) or isinstance(layer_idx, bool) or layer_idx < 0:
+        raise UnsupportedRequestError(f"layer_idx={layer_idx!r} must be an integer >= 0")
+    return layer_idx

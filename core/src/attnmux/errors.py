@@ -9,7 +9,8 @@
     │   └── PluginApiError        (TypeError)     not a BackendSpec, a wrong API number, a wrong name, a missing method
     ├── PluginConflictError       (LookupError)   two distributions claim one name
     ├── MissingPackageError       (ImportError)   an optional package that a command or helper needs is not installed
-    └── ForwardContextError       (RuntimeError)  no forward context where one is needed
+    ├── ForwardContextError       (RuntimeError)  no forward context where one is needed
+    └── SequenceParallelError     (RuntimeError)  ranks disagree, or one of them did not come
 
 Every message says what was asked, what came, why it cannot be, and what to do.
 """
@@ -33,6 +34,7 @@ __all__ = [
     "PluginApiError",
     "PluginConflictError",
     "PluginLoadError",
+    "SequenceParallelError",
     "UnknownBackendError",
     "UnsupportedRequestError",
 ]
@@ -89,3 +91,7 @@ class MissingPackageError(AttnmuxError, ImportError):
 
 class ForwardContextError(AttnmuxError, RuntimeError):
     """No forward context is active where one is needed."""
+
+
+class SequenceParallelError(AttnmuxError, RuntimeError):
+    """Ranks disagree about what to exchange, or one of them failed or did not come; names the group, operation and rank."""

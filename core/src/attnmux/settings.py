@@ -6,6 +6,7 @@
 | ATTNMUX_PLUGINS         | comma-separated distributions that may register backends; the core is always allowed          |
 | ATTNMUX_DISABLE_PLUGINS | comma-separated distributions that may not                                                    |
 | ATTNMUX_STRICT          | 1: a plugin that fails to load raises at once, whichever backend was asked for                |
+| ATTNMUX_DIST_CHECK      | 1: ranks that share a sequence compare what they exchange on every call, not once per kind    |
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ENV_BACKEND",
     "ENV_DISABLE_PLUGINS",
+    "ENV_DIST_CHECK",
     "ENV_PLUGINS",
     "ENV_STRICT",
     "VARIABLES",
@@ -41,7 +43,8 @@ ENV_BACKEND = "ATTNMUX_BACKEND"
 ENV_PLUGINS = "ATTNMUX_PLUGINS"
 ENV_DISABLE_PLUGINS = "ATTNMUX_DISABLE_PLUGINS"
 ENV_STRICT = "ATTNMUX_STRICT"
-VARIABLES = (ENV_BACKEND, ENV_PLUGINS, ENV_DISABLE_PLUGINS, ENV_STRICT)
+ENV_DIST_CHECK = "ATTNMUX_DIST_CHECK"
+VARIABLES = (ENV_BACKEND, ENV_PLUGINS, ENV_DISABLE_PLUGINS, ENV_STRICT, ENV_DIST_CHECK)
 
 _FALSE = frozenset({"", "0", "false", "no", "off"})
 _TRUE = frozenset({"1", "true", "yes", "on"})
@@ -54,6 +57,7 @@ class EnvironmentSnapshot(NamedTuple):
     plugins: str | None
     disable_plugins: str | None
     strict: str | None
+    dist_check: str | None = None
 
     @property
     def is_strict(self) -> bool:
@@ -62,13 +66,26 @@ class EnvironmentSnapshot(NamedTuple):
         Raises:
             UnsupportedRequestError: The variable holds neither a true nor a false word.
         """
-        word = (self.strict or "").strip().lower()
-        if word not in _FALSE | _TRUE:
-            raise UnsupportedRequestError(f"{ENV_STRICT}={self.strict!r} is neither true nor false; set it to 1 or 0")
-        return word in _TRUE
+        return _truth(ENV_STRICT, self.strict)
+
+    @property
+    def checks_every_exchange(self) -> bool:
+        """Whether ranks that share a sequence compare what they exchange on every call.
+
+        Raises:
+            UnsupportedRequestError: The variable holds neither a true nor a false word.
+        """
+        return _truth(ENV_DIST_CHECK, self.dist_check)
 
 
-# A look-up in os.environ of a variable that is not set raises inside and takes about a microsecond; four of them would
+def _truth(variable: str, value: str | None) -> bool:
+    word = (value or "").strip().lower()
+    if word not in _FALSE | _TRUE:
+        raise UnsupportedRequestError(f"{variable}={value!r} is neither true nor false; set it to 1 or 0")
+    return word in _TRUE
+
+
+# A look-up in os.environ of a variable that is not set raises inside and takes about a microsecond; five of them would
 # double the cost of a cached selection. The dictionary beneath takes 40 ns each.
 _environ: Any = getattr(os.environ, "_data", os.environ)
 _encode = os.environ.encodekey if _environ is not os.environ else str
@@ -78,7 +95,7 @@ _KEYS = tuple(_encode(name) for name in VARIABLES)
 def raw_environment() -> tuple[object, ...]:
     """Return the variables as the operating system holds them: a cheap key that changes whenever they do."""
     get = _environ.get
-    return (get(_KEYS[0]), get(_KEYS[1]), get(_KEYS[2]), get(_KEYS[3]))
+    return (get(_KEYS[0]), get(_KEYS[1]), get(_KEYS[2]), get(_KEYS[3]), get(_KEYS[4]))
 
 
 def read_environment() -> EnvironmentSnapshot:

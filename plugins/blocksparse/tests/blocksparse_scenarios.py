@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attnmux_blocksparse import BlockIndex, reference
+from attnmux_blocksparse import BlockIndex, prepare, reference
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,17 @@ def make_tensors(scenario: Scenario, device="cpu", seed=0):
     return q, k, v, dout, index
 
 
+def token_mask(index, batch, heads, len_q, len_k):
+    """Mask [B, H, S_q, S_k]: whether the query token attends to the key token."""
+    blocks_k = -(-len_k // index.block_k)
+    blocks = prepare.mask_from_lists(index.blocks, index.counts, blocks_k)
+    tokens = blocks.repeat_interleave(index.block_q, 2)[:, :, :len_q].repeat_interleave(index.block_k, 3)[..., :len_k]
+    device = index.blocks.device
+    is_valid_q = prepare.valid_tokens(index.q_lengths, index.blocks.shape[2], index.block_q, len_q, device)
+    is_valid_k = prepare.valid_tokens(index.k_lengths, blocks_k, index.block_k, len_k, device)
+    return (tokens & is_valid_q[:, None, :, None] & is_valid_k[:, None, None, :]).expand(batch, heads, len_q, len_k)
+
+
 def oracle(q, k, v, dout, index, scale, dlse=None):
     """out, lse, dq, dk, dv in float64."""
     wide = [x.double() for x in (q, k, v)]
@@ -109,7 +120,7 @@ def oracle(q, k, v, dout, index, scale, dlse=None):
 
 def torch_attention(q, k, v, dout, index, scale):
     """out, dq, dk, dv of PyTorch's own attention in the type of q, under the same mask: the yardstick of the error rule."""
-    mask = reference.token_mask(index, q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    mask = token_mask(index, q.shape[0], q.shape[2], q.shape[1], k.shape[1])
     is_empty = ~mask.any(-1)
     leaves = [torch.nan_to_num(x.detach()).transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
     # PyTorch's fused kernels take positive scales only.

@@ -11,9 +11,12 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_kernels.py"
 # ruff: noqa: E402
 from blocksparse_scenarios import Scenario, assert_call_is_right, make_tensors
 
-from attnmux_blocksparse.kernels import backward, forward
+from attnmux_blocksparse import BlockIndex, prepare, reference
+from attnmux_blocksparse.kernels import backward, forward, select
 from attnmux_blocksparse.kernels.arguments import IndexTensors
 from attnmux_blocksparse.kernels.configs import BackwardConfig, ForwardConfig
+from attnmux_blocksparse.kernels.select import launch_select
+from attnmux_blocksparse.kernels.transpose import launch_transpose
 
 BASE = Scenario(batch=1, len_q=128, len_k=128)
 CASES = {
@@ -120,9 +123,71 @@ def test_hot_blocks_first_covers_every_key_block():
     q, k, v, dout, index = make_tensors(scenario)
     mask = index.to_block_mask()
     mask[..., 17] = True
-    from attnmux_blocksparse import BlockIndex
-
     index = BlockIndex.from_block_mask(mask, block_q=64, block_k=64)
     assert (index.transpose().order[..., 0] != 0).any()
     out, lse, grads = run_kernels(q, k, v, dout, index, scenario.scale)
     assert_call_is_right(q, k, v, dout, index, scenario.scale, out, lse, grads)
+
+
+@pytest.mark.parametrize(
+    ("shape", "keep"),
+    [
+        ((1, 1, 1, 1), 1.0),
+        ((2, 3, 17, 33), 0.3),
+        ((1, 2, 40, 300), 0.95),
+        ((1, 1, 5, 1100), 0.5),
+        ((1, 2, 600, 7), 0.1),
+    ],
+)
+def test_transposed_lists_are_those_of_the_sort(shape, keep):
+    """More rows than a chunk, more chunks and keys than a tile, lists longer than a tile, empty rows, a hot key."""
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape))) < keep
+    mask[..., shape[-1] // 2] = True
+    mask[:, :, 0] = False
+    index = BlockIndex.from_block_mask(mask, block_q=64, block_k=64)
+    blocks, counts = index.blocks, index.counts
+    offsets, entries = prepare.transpose_lists(blocks, counts, shape[-1])
+    got = launch_transpose(blocks, counts, shape[-1])
+    assert torch.equal(got[0], offsets)
+    assert torch.equal(got[2], prepare.hot_first_order(offsets))
+    for place in torch.cartesian_prod(*(torch.arange(n) for n in offsets.shape[:2])).tolist():
+        used = int(offsets[tuple(place)][-1])
+        assert torch.equal(got[1][tuple(place)][:used], entries[tuple(place)][:used])
+    assert int(got[1].min()) >= 0
+    assert int(got[1].max()) < shape[2]
+
+
+@pytest.mark.parametrize(
+    ("n_q", "n_k", "topk", "protected", "order"),
+    [(1, 1, 1, 0, 1.0), (33, 70, 9, 2, 1.0), (17, 130, 130, 0, -1.0), (5, 40, 3, 3, 0.0), (20, 300, 31, 0, 1.0)],
+)
+def test_selection_is_that_of_the_sort(n_q, n_k, topk, protected, order):
+    """More rows and columns than a tile, everything kept, all scores equal; ties, zeros of both signs and NaN among the scores."""
+    generator = torch.Generator().manual_seed(n_q)
+    # small whole numbers, so that sums are exact in any order and ties are common
+    q = torch.randint(-2, 3, (2, 4, n_q, 16), generator=generator).float()
+    k = torch.randint(-2, 3, (2, 2, n_k, 16), generator=generator).float()
+    q[:, :, 0] = 0.0
+    k[0, 0, n_k // 2] = float("nan")
+    got = launch_select(q, k, topk, protected, order)
+    assert torch.equal(got, reference.select(q, k, topk, protected, order))
+
+
+@pytest.mark.parametrize("heads_at_once", [1, 2])
+def test_selection_of_a_few_heads_at_a_time_is_that_of_all(monkeypatch, heads_at_once):
+    q, k = (torch.randn(1, 3, n, 16, generator=torch.Generator().manual_seed(n)).round() for n in (40, 150))
+    monkeypatch.setattr(select, "SCRATCH_BYTES", heads_at_once * 4 * 40 * 152)
+    assert torch.equal(launch_select(q, k, 20, 0, 1.0), reference.select(q, k, 20, 0, 1.0))
+
+
+def test_selection_orders_ties_nan_infinity_and_signed_zeros_as_the_sort():
+    # a score is the sum of its key's sixteen equal numbers
+    special = [0.0, -0.0, float("nan"), float("inf"), float("-inf"), 1.0, -1.0, 1e-40, -1e-40, 3e38, 0.0, 1.0]
+    keys = torch.zeros(1, 1, len(special), 16)
+    keys[..., 0] = torch.tensor(special)
+    spread = keys[..., :1].repeat(1, 1, 1, 16) / 16
+    scores = spread.sum(-1)
+    for kept in range(1, len(special) + 1):
+        found = launch_select(torch.ones(1, 1, 1, 16), spread, kept, 0, 1.0)
+        best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :kept].sort(-1).values
+        assert found.flatten().tolist() == best.flatten().tolist()

@@ -5,7 +5,7 @@ import torch
 from blocksparse_scenarios import Scenario, assert_call_is_right, make_tensors
 
 from attnmux.errors import UnsupportedRequestError
-from attnmux_blocksparse import BlockIndex, block_sparse_attention
+from attnmux_blocksparse import BlockIndex, block_sparse_attention, reference, select_top_blocks
 from attnmux_blocksparse.kernels import KernelRequest, is_supported
 
 pytestmark = pytest.mark.gpu
@@ -261,3 +261,43 @@ def test_a_named_engine_raises_with_every_reason():
     with pytest.raises(UnsupportedRequestError, match=r"head_dim=72.*") as caught:
         block_sparse_attention(q, q, q, index, engine="hopper")
     assert {"dtype", "head_size"} <= {reason.code for reason in caught.value.reasons}
+
+
+@pytest.mark.parametrize("n_k", [1, 64, 500, 1200, 4000, 4100])
+def test_selected_blocks_are_those_of_the_cpu(n_k):
+    """Whole numbers, so that sums are exact in any order and ties are common."""
+    generator = torch.Generator().manual_seed(n_k)
+    q = torch.randint(-3, 4, (1, 4, 100, 128), generator=generator).float()
+    k = torch.randint(-3, 4, (1, 2, n_k, 128), generator=generator).float()
+    topk = max(1, n_k // 10)
+    want = select_top_blocks(q, k, topk, protected=min(2, topk))
+    assert torch.equal(select_top_blocks(q.cuda(), k.cuda(), topk, protected=min(2, topk)).cpu(), want)
+
+
+@pytest.mark.parametrize(("n_q", "n_k", "heads_k"), [(1, 1, 1), (33, 500, 4), (17, 1200, 2), (40, 3001, 4)])
+def test_selected_lists_are_exact_with_ties(n_q, n_k, heads_k):
+    # small whole numbers: products and sums are exact in float32, and every row has many equal scores
+    generator = torch.Generator("cuda").manual_seed(n_k)
+    q, k = (
+        torch.randint(-2, 3, (2, heads, n, 128), generator=generator, device="cuda").float()
+        for heads, n in ((4, n_q), (heads_k, n_k))
+    )
+    for kept in sorted({1, max(1, n_k // 10), n_k}):
+        for order in (1.0, -1.0, 0.0):
+            for protected in (0, min(3, kept)):
+                lists = torch.ops.attnmux_blocksparse.select(q, k, kept, protected, order)
+                assert torch.equal(lists, reference.select(q, k, kept, protected, order))
+
+
+def test_selection_takes_nan_scores_first():
+    q, k = torch.ones(1, 1, 20, 16, device="cuda"), torch.ones(1, 1, 200, 16, device="cuda")
+    k[..., 150, 3], k[..., 170, 2] = torch.nan, -torch.nan
+    lists = select_top_blocks(q, k, 3)
+    assert (lists == torch.tensor([0, 150, 170], device="cuda")).all()
+
+
+def test_a_selected_score_that_underflows_equals_zero():
+    q, k = torch.zeros(1, 1, 1, 16, device="cuda"), torch.zeros(1, 1, 200, 16, device="cuda")
+    q[..., 0], k[..., :100, 0] = 1e-30, -1e-30
+    lists = select_top_blocks(q, k, 150)
+    assert torch.equal(lists.flatten(), torch.arange(150, device="cuda"))

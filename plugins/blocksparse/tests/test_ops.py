@@ -8,7 +8,7 @@ import torch
 from blocksparse_scenarios import Scenario, make_tensors
 
 from attnmux.errors import UnsupportedRequestError
-from attnmux_blocksparse import BlockIndex, block_sparse_attention
+from attnmux_blocksparse import BlockIndex, block_sparse_attention, reference, select_top_blocks
 
 BASE = Scenario(batch=2, len_q=130, len_k=200, heads=4, heads_k=2, head_dim=16)
 
@@ -181,3 +181,72 @@ def test_no_queries_give_an_empty_output(length):
     q = torch.randn(1, length, 1, 16)
     out, lse = block_sparse_attention(q, k, k, all_blocks(length, 1), return_lse=True)
     assert out.shape == q.shape and lse.shape == (1, 1, length)
+
+
+def brute_force_choice(scores, topk, protected):
+    """The kept columns of one row of scores, by the rule."""
+    ranked = sorted(range(len(scores)), key=lambda c: (c >= protected, -scores[c], c))
+    return sorted(ranked[:topk])
+
+
+@pytest.mark.parametrize(
+    ("topk", "protected", "order"), [(1, 0, 1.0), (4, 2, 1.0), (4, 0, -1.0), (3, 0, 0.0), (9, 9, 1.0)]
+)
+def test_exactly_topk_best_blocks_are_chosen_and_ties_go_to_the_lower(topk, protected, order):
+    q = torch.randint(-2, 3, (2, 4, 5, 3)).double()
+    k = torch.randint(-2, 3, (2, 2, 9, 3)).double()
+    chosen = select_top_blocks(q, k, topk, protected=protected, order=order)
+    assert chosen.dtype == torch.int32
+    for b in range(2):
+        for h in range(4):
+            scores = (q[b, h] * order) @ k[b, h // 2].T
+            for row in range(5):
+                assert chosen[b, h, row].tolist() == brute_force_choice(scores[row].tolist(), topk, protected)
+
+
+def test_heads_are_chosen_for_a_few_at_a_time(monkeypatch):
+    q, k = torch.randn(2, 3, 7, 4), torch.randn(2, 3, 11, 4)
+    whole = select_top_blocks(q, k, 3)
+    monkeypatch.setattr(reference, "_CHUNK_NUMBERS", 1)
+    assert torch.equal(select_top_blocks(q, k, 3), whole)
+
+
+def test_selection_passes_opcheck_and_carries_no_gradient():
+    q, k = torch.randn(1, 2, 7, 4, requires_grad=True), torch.randn(1, 2, 11, 4)
+    assert not select_top_blocks(q, k, 3).requires_grad
+    torch.library.opcheck(torch.ops.attnmux_blocksparse.select.default, (q.detach(), k, 3, 1, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pooled_q": torch.zeros(2, 7, 4)}, r"must be \[B, H, N, D\], float32 or float64; got \(2, 7, 4\)"),
+        ({"pooled_q": torch.zeros(1, 2, 7, 4).half()}, r"float32 or float64; got .* torch\.float16"),
+        (
+            {"pooled_k": torch.zeros(1, 2, 11, 4).double()},
+            r"pooled_k is torch\.float64 on cpu, pooled_q is torch\.float32",
+        ),
+        ({"pooled_k": torch.zeros(1, 3, 11, 4)}, r"pooled_k \(1, 3, 11, 4\) does not go with pooled_q \(1, 2, 7, 4\)"),
+        ({"topk": 0}, r"topk=0 must lie in \[1, 11\]"),
+        ({"topk": 12}, r"topk=12 must lie in \[1, 11\]"),
+        ({"protected": 4}, r"protected=4 must lie in \[0, 3\]"),
+    ],
+)
+def test_selections_that_do_not_fit_are_refused(change, message):
+    call = {"pooled_q": torch.zeros(1, 2, 7, 4), "pooled_k": torch.zeros(1, 2, 11, 4), "topk": 3, **change}
+    with pytest.raises(UnsupportedRequestError, match=message):
+        select_top_blocks(call.pop("pooled_q"), call.pop("pooled_k"), call.pop("topk"), **call)
+
+
+def test_autocast_changes_no_bit_forward_or_backward():
+    q, k, v, dout, index = make_tensors(BASE)
+    results = []
+    for enabled in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out = block_sparse_attention(*leaves, index)
+            grads = torch.autograd.grad(out, leaves, dout)
+            chosen = select_top_blocks(q.transpose(1, 2), k.transpose(1, 2), 3)
+        results.append((out, *grads, chosen))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)

@@ -25,6 +25,7 @@ TORCH_SDPA = BackendSpec(
         returns_lse=True,
         exactness="exact",
         compile="fullgraph",
+        sequence_parallel=frozenset({"ulysses"}),
         extra_inputs=frozenset({"attn_mask"}),
     ),
     priority=0,

@@ -157,7 +157,7 @@ def _problem(registry: Registry, variable: str, value: str) -> str | None:
     """Return what is wrong with a variable's value, or None."""
     from attnmux.errors import AttnmuxError
     from attnmux.registry import normalized
-    from attnmux.settings import ENV_BACKEND, ENV_STRICT, read_environment
+    from attnmux.settings import ENV_BACKEND, ENV_DIST_CHECK, ENV_STRICT, read_environment
 
     try:
         if variable == ENV_BACKEND:
@@ -165,6 +165,9 @@ def _problem(registry: Registry, variable: str, value: str) -> str | None:
             return None
         if variable == ENV_STRICT:
             _ = read_environment().is_strict
+            return None
+        if variable == ENV_DIST_CHECK:
+            _ = read_environment().checks_every_exchange
             return None
     except AttnmuxError as error:
         return str(error)

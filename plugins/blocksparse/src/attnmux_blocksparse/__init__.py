@@ -13,6 +13,7 @@ _HOMES = {
     "BlockSparseAttentionMetadataBuilder": "backend",
     "TransposedLists": "index",
     "block_sparse_attention": "ops",
+    "select_top_blocks": "ops",
 }
 
 __all__ = sorted(_HOMES)

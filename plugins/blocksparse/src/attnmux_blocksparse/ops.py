@@ -9,7 +9,7 @@ import torch
 from attnmux.errors import UnsupportedRequestError
 from attnmux_blocksparse import prepare, reference
 from attnmux_blocksparse.index import BlockIndex, TransposedLists
-from attnmux_blocksparse.kernels import ENGINES, KernelRequest, choose_engine
+from attnmux_blocksparse.kernels import ENGINES, KernelRequest, can_launch, choose_engine
 from attnmux_blocksparse.kernels.arguments import IndexTensors
 
 
@@ -78,6 +78,58 @@ def transpose(blocks: torch.Tensor, counts: torch.Tensor, num_key_blocks: int) -
     return TransposedLists(*torch.ops.attnmux_blocksparse.transpose(blocks, counts, num_key_blocks))
 
 
+def select_top_blocks(
+    pooled_q: torch.Tensor, pooled_k: torch.Tensor, topk: int, *, protected: int = 0, order: float = 1.0
+) -> torch.Tensor:
+    """The key blocks that score best against each query block, as lists for a `BlockIndex`.
+
+    Args:
+        pooled_q: [B, H, N_q, D], float32 or float64, one vector per query block. Made contiguous if it is not.
+        pooled_k: [B, H_kv, N_k, D], type and device of pooled_q; H_kv divides H, and query head h reads key head
+            h // (H / H_kv).
+        topk: key blocks kept per query block, in [1, N_k].
+        protected: the first key blocks, so many, are kept in any case and count among the kept; in [0, topk].
+        order: factor on the scores; its sign decides which are best, 0 makes all equal.
+
+    Returns:
+        int32 [B, H, N_q, topk], ascending: always exactly topk different blocks. At equal scores the lower number is kept;
+        a score of NaN counts as the best. No gradient.
+
+    Raises:
+        UnsupportedRequestError: shapes, types, devices or numbers that do not fit.
+
+    Numerics: products and sums in float32 (float64 for float64). The GPU's float32 products are made of six products of
+    bfloat16 parts, which agree with plain ones to a few units in the last place; infinities may count as NaN there. The
+    scores of a few heads lie in memory at a time.
+    """
+    if pooled_q.dim() != 4 or pooled_k.dim() != 4 or pooled_q.dtype not in (torch.float32, torch.float64):
+        raise UnsupportedRequestError(
+            f"pooled_q and pooled_k must be [B, H, N, D], float32 or float64; got {tuple(pooled_q.shape)} and "
+            f"{tuple(pooled_k.shape)}, {pooled_q.dtype}."
+        )
+    if pooled_k.dtype != pooled_q.dtype or pooled_k.device != pooled_q.device:
+        raise UnsupportedRequestError(
+            f"pooled_k is {pooled_k.dtype} on {pooled_k.device}, pooled_q is {pooled_q.dtype} on {pooled_q.device}; type "
+            "and device must agree."
+        )
+    batch, heads, _, head_dim = pooled_q.shape
+    heads_k = pooled_k.shape[1]
+    if pooled_k.shape[0] != batch or pooled_k.shape[3] != head_dim or heads_k == 0 or heads % heads_k:
+        raise UnsupportedRequestError(
+            f"pooled_k {tuple(pooled_k.shape)} does not go with pooled_q {tuple(pooled_q.shape)}: batch and last dimension "
+            "must agree, and its heads divide those of pooled_q."
+        )
+    if not 1 <= topk <= pooled_k.shape[2]:
+        raise UnsupportedRequestError(f"topk={topk!r} must lie in [1, {pooled_k.shape[2]}], the number of key blocks.")
+    if not 0 <= protected <= topk:
+        raise UnsupportedRequestError(f"protected={protected!r} must lie in [0, {topk}], the number of kept blocks.")
+    with torch.no_grad():
+        lists: torch.Tensor = torch.ops.attnmux_blocksparse.select(
+            pooled_q.detach().contiguous(), pooled_k.detach().contiguous(), topk, protected, order
+        )
+    return lists
+
+
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: BlockIndex, engine: str | None) -> None:
     """Refuse arguments that do not fit together, naming the first."""
     if not isinstance(index, BlockIndex):
@@ -133,8 +185,12 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: BlockIndex,
 def _transpose_op(
     blocks: torch.Tensor, counts: torch.Tensor, num_key_blocks: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    offsets, entries = prepare.transpose_lists(blocks, counts, num_key_blocks)
-    return offsets, entries, prepare.hot_first_order(offsets)
+    if not can_launch(blocks):
+        offsets, entries = prepare.transpose_lists(blocks, counts, num_key_blocks)
+        return offsets, entries, prepare.hot_first_order(offsets)
+    from attnmux_blocksparse.kernels.transpose import launch_transpose
+
+    return launch_transpose(blocks, counts, num_key_blocks)
 
 
 @_transpose_op.register_fake
@@ -147,6 +203,22 @@ def _(
         blocks.new_empty(batch, heads, num_query_blocks * width),
         blocks.new_empty(batch, heads, num_key_blocks),
     )
+
+
+@torch.library.custom_op("attnmux_blocksparse::select", mutates_args=())
+def _select_op(pooled_q: torch.Tensor, pooled_k: torch.Tensor, topk: int, protected: int, order: float) -> torch.Tensor:
+    if can_launch(pooled_q) and pooled_q.dtype == torch.float32 and pooled_q.numel() > 0:
+        from attnmux_blocksparse.kernels import select
+
+        if pooled_k.shape[2] <= select.MOST_COLUMNS:
+            return select.launch_select(pooled_q, pooled_k, topk, protected, order)
+    with torch.autocast(pooled_q.device.type, enabled=False):
+        return reference.select(pooled_q, pooled_k, topk, protected, order)
+
+
+@_select_op.register_fake
+def _(pooled_q: torch.Tensor, pooled_k: torch.Tensor, topk: int, protected: int, order: float) -> torch.Tensor:
+    return pooled_q.new_empty(*pooled_q.shape[:3], topk, dtype=torch.int32)
 
 
 @torch.library.custom_op("attnmux_blocksparse::forward", mutates_args=())
@@ -171,7 +243,9 @@ def _forward_op(
     index = IndexTensors(blocks, counts, block_q, block_k, q_lengths, k_lengths, finite_padding, even_rows)
     chosen = choose_engine(engine, KernelRequest(q, k, v, block_q, block_k, softmax_scale, index.has_valid_lengths))
     if chosen == "reference":
-        out, lse = reference.attention_forward(q, k, v, index, softmax_scale)
+        # An operator's body may run under autocast, of which the reference's products must not know.
+        with torch.autocast(q.device.type, enabled=False):
+            out, lse = reference.attention_forward(q, k, v, index, softmax_scale)
         return out, lse.float()
     from attnmux_blocksparse.kernels import launch
 
@@ -213,7 +287,8 @@ def _backward_op(
     )
     chosen = choose_engine(engine, KernelRequest(q, k, v, block_q, block_k, softmax_scale, index.has_valid_lengths))
     if chosen == "reference":
-        return reference.attention_backward(dout, dlse, q, k, v, index, softmax_scale)
+        with torch.autocast(q.device.type, enabled=False):
+            return reference.attention_backward(dout, dlse, q, k, v, index, softmax_scale)
     from attnmux_blocksparse.kernels import launch
 
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = launch.attention_backward(

@@ -23,9 +23,11 @@ if TYPE_CHECKING:
         get_reverse_tile_partition_indices,
         get_tile_partition_indices,
     )
+    from attnmux_vsa.schedule import SparsitySchedule
 
 __all__ = [
     "VSA_TILE_SIZE",
+    "SparsitySchedule",
     "VideoSparseAttentionBackend",
     "VideoSparseAttentionImpl",
     "VideoSparseAttentionMetadata",
@@ -40,6 +42,7 @@ __all__ = [
 
 _HOMES = {
     "VSA_TILE_SIZE": "prepare",
+    "SparsitySchedule": "schedule",
     "VideoSparseAttentionBackend": "backend",
     "VideoSparseAttentionImpl": "backend",
     "VideoSparseAttentionMetadata": "backend",

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from attnmux.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder
+import torch
+
+from attnmux.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, layer_index
+from attnmux.backends.sdpa import SDPAImpl
 from attnmux.errors import UnsupportedRequestError
-from attnmux_vsa.ops import check_metadata, video_sparse_attention
+from attnmux_vsa.ops import check_call, check_conform, check_metadata, video_sparse_attention
 from attnmux_vsa.prepare import VSA_TILE_SIZE, VideoTiling, build_video_tiling, token_grid
+from attnmux_vsa.schedule import SparsitySchedule
 
 if TYPE_CHECKING:
-    import torch
-
     from attnmux.spec import AttentionRequest
     from attnmux_vsa.conformance import VideoSparseAttentionConformance
 
@@ -46,11 +48,12 @@ class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAt
         current_timestep: int,
         raw_latent_shape: tuple[int, int, int],
         patch_size: tuple[int, int, int],
-        VSA_sparsity: float | None = None,
+        VSA_sparsity: float | SparsitySchedule | None = None,
         device: torch.device | str = "cpu",
         *,
         topk: int | None = None,
         tile_size: tuple[int, int, int] = VSA_TILE_SIZE,
+        tile_policy: str = "grid",
         **unknown: Any,
     ) -> VideoSparseAttentionMetadata:
         """Return the metadata for one forward pass; the tables of a grid are shared between calls.
@@ -59,10 +62,12 @@ class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAt
             current_timestep: Index of the denoising step, from 0.
             raw_latent_shape: Latent frames, rows and columns (T, H, W), without batch and channels, each >= 1.
             patch_size: Latent frames, rows and columns of one token, each >= 1.
-            VSA_sparsity: Fraction of key tiles left out, in [0, 1]; `prepare.count_kept_tiles` has the formula.
+            VSA_sparsity: Fraction of key tiles left out, in [0, 1]; `prepare.count_kept_tiles` has the formula. A
+                `SparsitySchedule` gives that of the step, and the layers that keep every tile.
             device: Where the index tables live: the device of q, k and v.
             topk: Key tiles kept per query tile, in [1, N]; instead of `VSA_sparsity`.
             tile_size: Tokens of a tile along T, H and W.
+            tile_policy: "grid" or "adaptive"; see `prepare.build_video_tiling`.
             **unknown: None; each is refused by name.
 
         Raises:
@@ -72,15 +77,19 @@ class VideoSparseAttentionMetadataBuilder(AttentionMetadataBuilder[VideoSparseAt
         if unknown:
             raise UnsupportedRequestError(
                 f"{type(self).__name__}.build does not know the argument {', '.join(sorted(unknown))}; it takes "
-                "current_timestep, raw_latent_shape, patch_size, VSA_sparsity, device, topk and tile_size"
+                "current_timestep, raw_latent_shape, patch_size, VSA_sparsity, device, topk, tile_size and tile_policy"
             )
+        schedule = VSA_sparsity if isinstance(VSA_sparsity, SparsitySchedule) else None
         tiling = build_video_tiling(
             token_grid(raw_latent_shape, patch_size),
-            sparsity=VSA_sparsity,
+            sparsity=VSA_sparsity if schedule is None else schedule.at(current_timestep),  # type: ignore[arg-type]
             topk=topk,
             tile_size=tile_size,
             device=device,
+            tile_policy=tile_policy,
         )
+        if schedule is not None:
+            tiling.dense_layers = schedule.dense_layers
         return VideoSparseAttentionMetadata(current_timestep=current_timestep, **vars(tiling))
 
 
@@ -88,7 +97,14 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
     """Video Sparse Attention of one layer.
 
     Tokens come and go in raster order: tiling happens inside `forward`, so `preprocess_qkv` and `postprocess_output`
-    are the identity. Arguments are those of `AttentionImpl`.
+    are the identity. A call that keeps every tile and has no gate is dense attention and runs as TORCH_SDPA does.
+
+    Args:
+        num_heads, head_size, softmax_scale, causal, num_kv_heads, prefix: As for `AttentionImpl`. The first number after
+            "blocks." in the prefix is the layer's index, which a schedule's dense layers go by.
+        layer_idx: The layer's index, >= 0, instead of the prefix's.
+        conform: None or "bf16-scores"; see `video_sparse_attention`.
+        **extra_impl_args: None; each is refused by name.
 
     Raises:
         UnsupportedRequestError: `causal` is set, or an argument is unknown or out of its range.
@@ -102,6 +118,9 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
         causal: bool = False,
         num_kv_heads: int | None = None,
         prefix: str = "",
+        *,
+        layer_idx: int | None = None,
+        conform: str | None = None,
         **extra_impl_args: Any,
     ) -> None:
         super().__init__(num_heads, head_size, softmax_scale, causal, num_kv_heads, prefix, **extra_impl_args)
@@ -110,6 +129,9 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
                 "VIDEO_SPARSE_ATTN cannot run causal=True: tiles reach over several frames and every token of a kept "
                 "tile is attended; use TORCH_SDPA or FLASH_ATTN for a causal layer"
             )
+        self.layer_idx = layer_index(prefix, layer_idx)
+        self.conform = check_conform(conform)
+        self._dense = SDPAImpl(num_heads, head_size, softmax_scale, num_kv_heads=num_kv_heads)
 
     def forward(
         self,
@@ -134,13 +156,34 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
             ForwardContextError: There is no metadata.
             UnsupportedRequestError: See `video_sparse_attention`.
         """
-        check_metadata(attn_metadata)
+        tiling = check_metadata(attn_metadata)
         if query.shape[-1] != self.head_size:
             raise UnsupportedRequestError(
                 f"query has head_dim={query.shape[-1]}, but this layer was built with head_size={self.head_size}"
             )
+        topk = tiling.topk
+        if tiling.dense_layers:
+            if self.layer_idx is None:
+                raise UnsupportedRequestError(
+                    f"the metadata keep layers {tiling.dense_layers} dense, but this layer does not know its index; give it "
+                    'a prefix with "blocks.<i>", or layer_idx='
+                )
+            if self.layer_idx in tiling.dense_layers:
+                topk = tiling.variable_block_sizes.shape[0]
+        if gate_compress is None and topk == tiling.variable_block_sizes.shape[0]:
+            check_call(query, key, tiling, v=value)
+            dense = self._dense.forward(query, key, value, None)
+            assert isinstance(dense, torch.Tensor)
+            return dense
         return video_sparse_attention(
-            query, key, value, attn_metadata, gate_compress=gate_compress, softmax_scale=self.softmax_scale
+            query,
+            key,
+            value,
+            tiling,
+            topk=topk,
+            gate_compress=gate_compress,
+            softmax_scale=self.softmax_scale,
+            conform=self.conform,
         )
 
 
@@ -174,7 +217,9 @@ class VideoSparseAttentionBackend(AttentionBackend):
 
     @staticmethod
     def describe_engine(request: AttentionRequest) -> str:
-        """Return what runs the request: the reference, whatever is asked."""
+        """Return what runs the request."""
+        if request.device_type == "cuda" and request.dtype in ("float16", "bfloat16") and request.head_size % 16 == 0:
+            return "Triton kernels around the block-sparse operator; plain PyTorch where tiles have another size than 64, 128, 256"
         return "reference, plain PyTorch"
 
     @staticmethod

@@ -20,6 +20,7 @@ SPEC = BackendSpec(
         deterministic=True,
         exactness="sparse",
         compile="fullgraph",
+        sequence_parallel=frozenset({"ulysses"}),
         extra_inputs=frozenset({"gate_compress"}),
         needs_metadata=True,
     ),

@@ -13,6 +13,7 @@ A short tile fills the first slots of its M, the rest is padding. N counts every
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -22,9 +23,11 @@ import torch
 from attnmux.errors import UnsupportedRequestError
 
 __all__ = [
+    "TILE_POLICIES",
     "VSA_TILE_SIZE",
     "TileTables",
     "VideoTiling",
+    "adaptive_tiles",
     "build_video_tiling",
     "construct_variable_block_sizes",
     "count_kept_tiles",
@@ -40,6 +43,9 @@ __all__ = [
 
 VSA_TILE_SIZE = (4, 4, 4)
 """Tokens of one tile along T, H and W: the tile of the published checkpoints."""
+
+TILE_POLICIES = ("grid", "adaptive")
+"""How a grid is cut where the tile does not divide it; see `build_video_tiling`."""
 
 Triple = tuple[int, int, int]
 
@@ -207,6 +213,7 @@ class TileTables(NamedTuple):
         variable_block_sizes: Tokens of every tile, int32 `[N]`.
         non_pad_index: Slot by tiled position, int64 `[S]`.
         slot_of_token: Slot by raster position, int64 `[S]`.
+        token_of_slot: Raster position by slot, int32 `[N * M]`, -1 where a slot is padding.
     """
 
     tile_partition_indices: torch.Tensor
@@ -214,10 +221,13 @@ class TileTables(NamedTuple):
     variable_block_sizes: torch.Tensor
     non_pad_index: torch.Tensor
     slot_of_token: torch.Tensor
+    token_of_slot: torch.Tensor
 
 
-def get_tile_tables(dit_seq_shape: Triple, tile_size: Triple, device: torch.device | str) -> TileTables:
-    """Return the index tables of a grid, the same tensors for the same grid, tile and device.
+def get_tile_tables(
+    dit_seq_shape: Triple, tile_size: Triple, device: torch.device | str, tile_policy: str = "grid"
+) -> TileTables:
+    """Return the index tables of a grid, the same tensors for the same grid, tile, device and policy.
 
     The last 16 grids are kept; `clear_tile_tables()` lets go of them.
     """
@@ -226,7 +236,8 @@ def get_tile_tables(dit_seq_shape: Triple, tile_size: Triple, device: torch.devi
     # under a FakeTensorMode must not outlive it.
     probe = torch.empty(0, device=place)
     build = _cached_tables if type(probe) is torch.Tensor else _cached_tables.__wrapped__
-    return build(_triple("dit_seq_shape", dit_seq_shape), _triple("tile_size", tile_size), probe.device)
+    grid, tile = _triple("dit_seq_shape", dit_seq_shape), _triple("tile_size", tile_size)
+    return build(grid, tile, probe.device, tile_policy)
 
 
 def clear_tile_tables() -> None:
@@ -235,17 +246,61 @@ def clear_tile_tables() -> None:
 
 
 @functools.lru_cache(maxsize=_CACHED_GRIDS)
-def _cached_tables(grid: Triple, tile: Triple, device: torch.device) -> TileTables:
+def _cached_tables(grid: Triple, tile: Triple, device: torch.device, tile_policy: str) -> TileTables:
+    volume = math.prod(tile)
     # Tables first made under torch.inference_mode() could never again take part in a backward pass.
     with torch.inference_mode(mode=False):
-        partition = get_tile_partition_indices(grid, tile)
-        reverse = get_reverse_tile_partition_indices(grid, tile)
-        sizes = construct_variable_block_sizes(grid, count_tiles(grid, tile), tile_size=tile)
-        # By arithmetic rather than `get_non_pad_index`, whose shape depends on values: fake tensors have none.
-        tile_of_tiled = _tile_of_token(grid, tile)[partition]
+        if tile_policy == "grid":
+            tile_of_token, num_tiles = _tile_of_token(grid, tile), math.prod(count_tiles(grid, tile))
+        else:
+            tile_of_token, num_tiles = adaptive_tiles(grid, tile)
+        # A stable sort leaves the tokens of one tile in raster order.
+        partition = torch.argsort(tile_of_token, stable=True)
+        reverse = torch.argsort(partition)
+        # By sums rather than `bincount` or `nonzero`, whose shapes depend on values: fake tensors have none.
+        sizes = torch.zeros(num_tiles, dtype=torch.int32).index_add(
+            0, tile_of_token, torch.ones(len(partition), dtype=torch.int32)
+        )
+        tile_of_tiled = tile_of_token[partition]
         tokens_before = sizes.cumsum(0) - sizes
-        slots = tile_of_tiled * math.prod(tile) + torch.arange(len(partition)) - tokens_before[tile_of_tiled]
-        return TileTables(*(table.to(device) for table in (partition, reverse, sizes, slots, slots[reverse])))
+        slots = tile_of_tiled * volume + torch.arange(len(partition)) - tokens_before[tile_of_tiled]
+        tokens = torch.full((num_tiles * volume,), -1, dtype=torch.int32)
+        tokens = tokens.index_copy(0, slots, partition.to(torch.int32))
+        return TileTables(*(table.to(device) for table in (partition, reverse, sizes, slots, slots[reverse], tokens)))
+
+
+def adaptive_tiles(grid: Triple, tile: Triple) -> tuple[torch.Tensor, int]:
+    """Return the tile of every raster position, int64 `[S]`, and the number of tiles, where short tiles are avoided.
+
+    Each axis is cut into the part that the tile divides and the rest; each of the up to eight boxes that this makes is
+    covered by tiles of as many tokens in the shape that needs the fewest of them (at equal numbers the one nearest to a
+    cube). A grid that the tile divides has one box, in the tiles of the grid.
+
+    Example: 21 x 30 x 52 tokens take 624 tiles of 4 x 4 x 4, a fifth of whose slots are padding; this way 515.
+    """
+    cuts = [[(0, size // step * step), (size // step * step, size)] for size, step in zip(grid, tile, strict=True)]
+    boxes = [box for box in itertools.product(*cuts) if all(first < last for first, last in box)]
+    tile_of_token = torch.empty(grid, dtype=torch.int64)
+    num_tiles = 0
+    for box in boxes:
+        sizes = (box[0][1] - box[0][0], box[1][1] - box[1][0], box[2][1] - box[2][0])
+        shape = (
+            tile if all(size % step == 0 for size, step in zip(sizes, tile, strict=True)) else _best_tile(sizes, tile)
+        )
+        place = tuple(slice(first, last) for first, last in box)
+        tile_of_token[place] = _tile_of_token(sizes, shape).view(sizes) + num_tiles
+        num_tiles += math.prod(count_tiles(sizes, shape))
+    return tile_of_token.flatten(), num_tiles
+
+
+def _best_tile(sizes: Triple, tile: Triple) -> Triple:
+    """Return the shape of a tile of as many tokens that covers a box with the fewest tiles."""
+    volume = math.prod(tile)
+    divisors = [n for n in range(1, volume + 1) if volume % n == 0]
+    shapes = [(a, b, volume // a // b) for a in divisors for b in divisors if volume // a % b == 0]
+    return min(
+        shapes, key=lambda shape: (math.prod(-(-n // m) for n, m in zip(sizes, shape, strict=True)), max(shape), shape)
+    )
 
 
 @dataclass
@@ -255,7 +310,7 @@ class VideoTiling:
     Attributes:
         dit_seq_shape: Tokens along T, H and W.
         tile_size: Tokens of a full tile along T, H and W.
-        num_tiles: Tiles along T, H and W.
+        num_tiles: Tiles along T, H and W; with adaptive tiles (N, 1, 1).
         total_seq_length: S = T * H * W, in tokens.
         topk: Key tiles that each query tile keeps, in [1, N]; this is what attention goes by.
         sparsity: Fraction of tiles left out that gave `topk`, in [0, 1]; None where `topk` was given.
@@ -265,6 +320,9 @@ class VideoTiling:
         variable_block_sizes: Tokens of every tile, int32 `[N]`.
         non_pad_index: Slot by tiled position, int64 `[S]`.
         slot_of_token: Slot by raster position, int64 `[S]`.
+        token_of_slot: Raster position by slot, int32 `[N * M]`, -1 where a slot is padding.
+        tile_policy: "grid" or "adaptive"; see `build_video_tiling`.
+        dense_layers: Indices of the layers that keep every tile.
     """
 
     dit_seq_shape: Triple
@@ -280,6 +338,33 @@ class VideoTiling:
     variable_block_sizes: torch.Tensor = field(repr=False, compare=False)
     non_pad_index: torch.Tensor = field(repr=False, compare=False)
     slot_of_token: torch.Tensor = field(repr=False, compare=False)
+    token_of_slot: torch.Tensor = field(repr=False, compare=False)
+    tile_policy: str = "grid"
+    dense_layers: tuple[int, ...] = ()
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether some tile is short."""
+        return math.prod(self.num_tiles) * math.prod(self.tile_size) != self.total_seq_length
+
+    def explain(self) -> str:
+        """Return in one paragraph how the grid is cut and what its padding costs."""
+        tiles, volume = math.prod(self.num_tiles), math.prod(self.tile_size)
+        slots = tiles * volume
+        text = (
+            f"{' x '.join(map(str, self.dit_seq_shape))} = {self.total_seq_length} tokens in {tiles} tiles of {volume} "
+            f"({self.tile_policy}, {' x '.join(map(str, self.tile_size))}), {self.topk} of them kept for each query tile"
+        )
+        if slots == self.total_seq_length:
+            return f"{text}; no padding."
+        text += (
+            f"; {1 - self.total_seq_length / slots:.1%} of the slots are padding, and "
+            f"{1 - (self.total_seq_length / slots) ** 2:.0%} of the products of queries and keys are wasted on it"
+        )
+        if self.tile_policy == "adaptive":
+            return f"{text}."
+        saved = adaptive_tiles(self.dit_seq_shape, self.tile_size)[1]
+        return f'{text}. tile_policy="adaptive" needs {saved} tiles.'
 
 
 def build_video_tiling(
@@ -289,6 +374,7 @@ def build_video_tiling(
     topk: int | None = None,
     tile_size: Triple = VSA_TILE_SIZE,
     device: torch.device | str = "cpu",
+    tile_policy: str = "grid",
 ) -> VideoTiling:
     """Return the tiling of a grid.
 
@@ -298,15 +384,23 @@ def build_video_tiling(
         topk: Key tiles kept per query tile, in [1, N]; instead of `sparsity`.
         tile_size: Tokens of a full tile along T, H and W, each >= 1.
         device: Where the tables live, the device of q, k and v.
+        tile_policy: "grid" covers the grid from its origin by tiles of one shape, as checkpoints were trained; "adaptive"
+            covers what the tile does not divide by tiles of other shapes (`adaptive_tiles`), which wastes less work and
+            changes nothing on a grid that the tile divides.
 
     Raises:
         UnsupportedRequestError: Neither or both of `sparsity` and `topk` are given, or an argument is out of range.
     """
+    if tile_policy not in TILE_POLICIES:
+        raise UnsupportedRequestError(f"tile_policy={tile_policy!r} is not known; expected one of {TILE_POLICIES}")
     num_tiles = count_tiles(dit_seq_shape, tile_size)
+    tables = get_tile_tables(dit_seq_shape, tile_size, device, tile_policy)
+    if tile_policy == "adaptive":
+        # Its tiles follow no grid.
+        num_tiles = (tables.variable_block_sizes.shape[0], 1, 1)
     kept = resolve_topk(topk, sparsity, math.prod(num_tiles))
     if kept is None:
         raise UnsupportedRequestError("neither a sparsity nor topk was given; one of them says how many tiles are kept")
-    tables = get_tile_tables(dit_seq_shape, tile_size, device)
     return VideoTiling(
         dit_seq_shape=_triple("dit_seq_shape", dit_seq_shape),
         tile_size=_triple("tile_size", tile_size),
@@ -315,6 +409,7 @@ def build_video_tiling(
         topk=kept,
         sparsity=sparsity,
         device=tables.slot_of_token.device,
+        tile_policy=tile_policy,
         **tables._asdict(),
     )
 

@@ -18,7 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from attnmux_vsa.prepare import tile_tokens, untile_tokens, valid_slots
 
-__all__ = ["attend_tiles", "keep_top_tiles", "score_tiles", "video_sparse_attention_reference"]
+__all__ = ["CONFORM", "attend_tiles", "keep_top_tiles", "score_means", "tile_means", "video_sparse_attention_reference"]
+
+CONFORM = ("bf16-scores",)
+"""Ways to choose tiles that other implementations have."""
 
 # Most numbers that one chunk of query tiles may gather of k, and again of v, if it kept every tile (256 MB in float32).
 # The bound does not depend on topk, so that a sparsity schedule runs the same number of chunks throughout.
@@ -36,6 +39,7 @@ def video_sparse_attention_reference(
     topk: int,
     softmax_scale: float,
     gate_compress: torch.Tensor | None = None,
+    conform: str | None = None,
 ) -> torch.Tensor:
     """Return Video Sparse Attention of raster tokens; arguments are taken as valid (`ops` checks them).
 
@@ -49,6 +53,7 @@ def video_sparse_attention_reference(
         topk: Tiles kept per query tile and query head, in [1, N].
         softmax_scale: Factor on the scores of both branches; any finite number.
         gate_compress: `[B, S, H, D]`, factor on the coarse branch, used as it is; None leaves the branch out.
+        conform: None, or one of `CONFORM`: by which scores tiles are chosen.
 
     Returns:
         `[B, S, H, D]` in the dtype of q.
@@ -68,7 +73,14 @@ def video_sparse_attention_reference(
             tile_tokens(x.to(compute_dtype), slot_of_token, num_tiles, tile_volume) for x in (q, k, v)
         )
         fine, coarse = attend_tiles(
-            q_tiles, k_tiles, v_tiles, tile_sizes, topk, softmax_scale, with_coarse=gate_compress is not None
+            q_tiles,
+            k_tiles,
+            v_tiles,
+            tile_sizes,
+            topk,
+            softmax_scale,
+            with_coarse=gate_compress is not None,
+            conform=conform,
         )
         out = untile_tokens(fine, slot_of_token)
         if gate_compress is not None and coarse is not None:
@@ -86,6 +98,7 @@ def attend_tiles(
     softmax_scale: float,
     *,
     with_coarse: bool,
+    conform: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the fine branch `[B, H, N, M, D]` and, if asked for, the coarse branch `[B, H, N, D]`.
 
@@ -97,24 +110,31 @@ def attend_tiles(
         topk: Tiles kept per query tile and query head.
         softmax_scale: Factor on the scores of both branches.
         with_coarse: Whether the coarse branch is wanted.
+        conform: None, or one of `CONFORM`.
     """
     valid = valid_slots(tile_sizes, q_tiles.shape[3])  # [N, M]
     q_tiles, k_tiles, v_tiles = (x.where(valid[..., None], 0.0) for x in (q_tiles, k_tiles, v_tiles))
-    scores = score_tiles(q_tiles, k_tiles, tile_sizes, softmax_scale)
-    fine = _fine_branch(q_tiles, k_tiles, v_tiles, valid, keep_top_tiles(scores, topk), softmax_scale)
+    means = tile_means(q_tiles, tile_sizes), tile_means(k_tiles, tile_sizes)
+    scores = score_means(*means, softmax_scale)
+    choice = scores if conform is None else score_means(*means, softmax_scale, conform=conform)
+    fine = _fine_branch(q_tiles, k_tiles, v_tiles, valid, keep_top_tiles(choice, topk), softmax_scale)
     if not with_coarse:
         return fine, None
-    values = _per_query_head(_tile_means(v_tiles, tile_sizes), q_tiles.shape[1])
+    values = _per_query_head(tile_means(v_tiles, tile_sizes), q_tiles.shape[1])
     return fine, torch.softmax(scores, dim=-1) @ values
 
 
-def score_tiles(
-    q_tiles: torch.Tensor, k_tiles: torch.Tensor, tile_sizes: torch.Tensor, softmax_scale: float
+def score_means(
+    q_means: torch.Tensor, k_means: torch.Tensor, softmax_scale: float, *, conform: str | None = None
 ) -> torch.Tensor:
-    """Return the scores `[B, H, N, N]` of query tiles against key tiles, from tiles whose padding is zero."""
-    queries = _tile_means(q_tiles, tile_sizes)
-    keys = _per_query_head(_tile_means(k_tiles, tile_sizes), q_tiles.shape[1])
-    return (queries @ keys.transpose(-1, -2)) * softmax_scale
+    """Return the scores `[B, H, N, N]` of query tiles against key tiles, from their means `[B, H, N, D]`.
+
+    `conform="bf16-scores"` gives those of the published code: means, products and scaled scores each rounded to bfloat16.
+    """
+    if conform is not None:
+        q_means, k_means = q_means.to(torch.bfloat16), k_means.to(torch.bfloat16)
+    keys = _per_query_head(k_means, q_means.shape[1])
+    return (q_means @ keys.transpose(-1, -2)) * softmax_scale
 
 
 def keep_top_tiles(scores: torch.Tensor, topk: int) -> torch.Tensor:
@@ -128,7 +148,7 @@ def keep_top_tiles(scores: torch.Tensor, topk: int) -> torch.Tensor:
     return best_first[..., :topk].sort(dim=-1).values
 
 
-def _tile_means(tiles: torch.Tensor, tile_sizes: torch.Tensor) -> torch.Tensor:
+def tile_means(tiles: torch.Tensor, tile_sizes: torch.Tensor) -> torch.Tensor:
     """Average tiles `[B, H, N, M, D]` with zero padding over their tokens, to `[B, H, N, D]`."""
     return tiles.sum(dim=3) / tile_sizes[:, None]
 

@@ -23,6 +23,8 @@ from attnmux_blocksparse.kernels.configs import (
 
 ENGINES = ("reference", "triton", "hopper", "fa4")
 HALF_TYPES = (torch.bfloat16, torch.float16)
+# Compute capability that the plain Triton kernels need.
+TRITON_MINIMUM = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,22 @@ def device_capability(x: torch.Tensor) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(x.device)
 
 
+def _launches_on(device: int | None) -> bool:
+    if find_spec("triton") is None or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= TRITON_MINIMUM
+
+
+# Asked while torch.compile traces too, for which the search for packages is no graph. This is what
+# torch.compiler.assume_constant_result sets; the decorator itself would import triton.
+_launches_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def can_launch(x: torch.Tensor) -> bool:
+    """Whether Triton kernels run where x is."""
+    return x.is_cuda and _launches_on(x.device.index)
+
+
 def reference_reasons(request: KernelRequest) -> list[Reason]:
     """The reference serves every device and floating type."""
     if not request.q.is_floating_point():
@@ -63,7 +81,7 @@ def reference_reasons(request: KernelRequest) -> list[Reason]:
 
 def triton_reasons(request: KernelRequest) -> list[Reason]:
     """Why the plain Triton engine cannot serve the call; empty if it can."""
-    reasons = _gpu_reasons(request, minimum=(8, 0))
+    reasons = _gpu_reasons(request, minimum=TRITON_MINIMUM)
     if request.head_dim % 16 or not 16 <= request.head_dim <= 256:
         reasons.append(
             Reason(

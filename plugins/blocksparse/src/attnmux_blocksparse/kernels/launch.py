@@ -17,10 +17,15 @@ def _configs(q: torch.Tensor, *streamed: torch.Tensor) -> TritonConfigs:
     return triton_configs(triton.next_power_of_2(q.shape[3]), capability, tma_ok)
 
 
-def attention_forward(engine: str, q, k, v, index: IndexTensors, softmax_scale: float):
-    """The output [B, S_q, H, D] in the type of q and the log-sum-exp [B, H, S_q] in float32, both contiguous."""
+def attention_forward(engine: str, q, k, v, index: IndexTensors, softmax_scale: float, *, out=None):
+    """The output [B, S_q, H, D] in the type of q and the log-sum-exp [B, H, S_q] in float32, both contiguous.
+
+    `out`, where given, is written to instead, with any strides that TMA can address. With query blocks of 128 and more it may
+    be q itself: every program reads its rows of q before it writes the same rows of the output.
+    """
     batch, len_q, heads, head_dim = q.shape
-    out = torch.empty(batch, len_q, heads, head_dim, device=q.device, dtype=q.dtype)
+    if out is None:
+        out = torch.empty(batch, len_q, heads, head_dim, device=q.device, dtype=q.dtype)
     lse = torch.empty(batch, heads, len_q, device=q.device, dtype=torch.float32)
     with torch.cuda.device_of(q):
         if engine == "fa4":
@@ -51,6 +56,30 @@ def attention_backward(engine: str, dout, dlse, q, k, v, out, lse, index: IndexT
         return dq, dk, dv
     with torch.cuda.device(q.device):
         lse2, delta = backward.launch_stats(out, dout, lse, dlse)
+    attention_gradients(engine, dout, lse2, delta, q, k, v, dq, dk, dv, index, softmax_scale)
+    return dq, dk, dv
+
+
+def attention_gradients(
+    engine: str, dout, lse2, delta, q, k, v, dq, dk, dv, index: IndexTensors, softmax_scale: float
+) -> None:
+    """Fill dq, dk and dv from the statistics of the rows; dq may be q itself, as in `attention_forward`.
+
+    Args:
+        engine: "triton" or "hopper".
+        dout: [B, S_q, H, D], with strides that TMA can address.
+        lse2: float32 [B, H, S_pad], S_pad a multiple of 256: the log-sum-exp in base 2, +inf for an empty row.
+        delta: likewise: rowsum(dO * O) - dLSE, finite.
+        q: as in the forward.
+        k: likewise.
+        v: likewise.
+        dq: in the shape of q; written.
+        dk: in the shape of k; written.
+        dv: likewise.
+        index: with the transposed lists.
+        softmax_scale: factor on the scores.
+    """
+    with torch.cuda.device(q.device):
         configs = _configs(q, k, v, dout)
         # Both on one stream: with dQ on a second stream the backward took between 1.6 % less and 2.3 % more time.
         backward.launch_dkdv(
@@ -62,4 +91,3 @@ def attention_backward(engine: str, dout, dlse, q, k, v, out, lse, index: IndexT
             launch_hopper_dq(q, k, v, dout, lse2, delta, dq, index, softmax_scale=softmax_scale)
         else:
             backward.launch_dq(q, k, v, dout, lse2, delta, dq, index, softmax_scale=softmax_scale, config=configs.dq)
-    return dq, dk, dv

@@ -1,0 +1,376 @@
+"""Attention over a sequence that several ranks share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attnmux.distributed.exchange import describe, to_heads, to_shards
+from attnmux.distributed.group import as_sp_group
+from attnmux.distributed.plan import HeadPlan, SeqPlan
+from attnmux.errors import UnsupportedRequestError
+from attnmux.layers.base import AttentionLayer
+from attnmux.rotary import apply_rotary
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from attnmux.backend import AttentionMetadata
+    from attnmux.distributed.group import SPGroup
+    from attnmux.spec import AttentionBackendEnum
+
+__all__ = ["DistributedAttention", "DistributedAttention_VSA"]
+
+Freqs = tuple[torch.Tensor, torch.Tensor]
+
+_MERGING = (
+    "it merges partial outputs by their log-sum-exp, and no backend's log-sum-exp has a gradient yet: training would go wrong "
+    "without a sign"
+)
+# strategies with a name in the contract that a layer has to refuse, and why
+_NOT_IMPLEMENTED = {
+    "ring": _MERGING,
+    "usp": f"it is ulysses times ring, and of ring: {_MERGING}",
+    "allgather_kv": "the gather of the keys and its gradient are not written",
+}
+
+
+def _check_strategy(strategy: str) -> None:
+    if strategy == "ulysses":
+        return
+    if strategy in _NOT_IMPLEMENTED:
+        raise UnsupportedRequestError(
+            f"strategy {strategy!r} is not implemented: {_NOT_IMPLEMENTED[strategy]}; use 'ulysses'"
+        )
+    raise UnsupportedRequestError(
+        f"strategy {strategy!r} is unknown; 'ulysses' is implemented, {', '.join(map(repr, _NOT_IMPLEMENTED))} are not"
+    )
+
+
+class _SequenceParallel(AttentionLayer):
+    """What both layers share: the exchange around the impl. Arguments are those of `DistributedAttention`."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        num_kv_heads: int | None = None,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        supported_attention_backends: Sequence[AttentionBackendEnum | str] | None = None,
+        prefix: str = "",
+        *,
+        backend: AttentionBackendEnum | str | None = None,
+        default_backend: AttentionBackendEnum | str | None = None,
+        dtype: torch.dtype | None = None,
+        sp_group: SPGroup | ProcessGroup | DeviceMesh | None = None,
+        strategy: str = "ulysses",
+        **extra_impl_args: Any,
+    ) -> None:
+        _check_strategy(strategy)
+        sp = as_sp_group(sp_group)
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        own: tuple[int, int | None] = (num_heads, num_kv_heads)
+        # heads that make no plan are refused by the impl
+        heads = None
+        if sp.size > 1 and kv_heads >= 1 and num_heads >= 1 and num_heads % kv_heads == 0:
+            heads = HeadPlan.of(num_heads, kv_heads, sp.size)
+            first, last = heads.q[sp.rank]
+            # a rank without heads never calls its impl, which exists for its parameters
+            own = (max(last - first, 1), max(heads.kv[sp.rank][1] - heads.kv[sp.rank][0], 1))
+        super().__init__(
+            num_heads,
+            head_size,
+            num_kv_heads,
+            softmax_scale,
+            causal,
+            supported_attention_backends,
+            backend=backend,
+            default_backend=default_backend,
+            dtype=dtype,
+            prefix=prefix,
+            impl_heads=own,
+            sp_size=sp.size,
+            impl_args=extra_impl_args,
+        )
+        if sp.size > 1 and "ulysses" not in self.selection.spec.capabilities.sequence_parallel:
+            declared = ", ".join(sorted(self.selection.spec.capabilities.sequence_parallel))
+            raise UnsupportedRequestError(
+                f"{self.backend_name} cannot share a sequence of {sp.size} ranks by 'ulysses', the only strategy there is; it "
+                f"declares {declared}"
+            )
+        self.sp = sp
+        self._heads = heads
+        if heads is not None:
+            self.attn_impl.set_head_range(*heads.q[sp.rank], total=num_heads)
+
+    def _plan(self, rows: int, original_seq_len: int | None, plan: SeqPlan | None) -> SeqPlan:
+        if plan is None:
+            length = rows * self.sp.size if original_seq_len is None else original_seq_len
+            return SeqPlan.padded(length, rows, self.sp.size)
+        if original_seq_len is not None and original_seq_len != plan.length:
+            raise UnsupportedRequestError(f"original_seq_len={original_seq_len}, but the plan has {plan.length} tokens")
+        if len(plan.rows) != self.sp.size or plan.rows[self.sp.rank] != rows:
+            raise UnsupportedRequestError(
+                f"the plan is for {len(plan.rows)} ranks with {plan.rows} rows; this is rank {self.sp.rank} of "
+                f"{self.sp.size} with {rows} rows"
+            )
+        return plan
+
+    def _run(
+        self,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        plan: SeqPlan,
+        text: tuple[torch.Tensor, ...],
+        freqs_cis: Freqs | None,
+        attn_metadata: AttentionMetadata | None,
+        extra: dict[str, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        metadata = self._metadata(attn_metadata)
+        rank, rows, length = self.sp.rank, plan.rows[self.sp.rank], plan.lengths[self.sp.rank]
+        q, k, v = qkv
+        if freqs_cis is not None or self._heads is None:
+            if length < rows:
+                q, k, v = (x[:, :length] for x in (q, k, v))
+                extra = {name: x[:, :length] for name, x in extra.items()}
+            if freqs_cis is not None:
+                first, last = plan.range_of(rank)
+                self._check_freqs(freqs_cis, plan.length)
+                freqs = (freqs_cis[0][first:last], freqs_cis[1][first:last])
+                q, k = apply_rotary(q, freqs), apply_rotary(k, freqs)
+        if self._heads is None:
+            output, text_output = self._attend(q, k, v, text, metadata, extra)
+            if length < rows:
+                output = torch.nn.functional.pad(output, (0, 0, 0, 0, 0, rows - length))
+            return output, text_output
+
+        tensors = [q, k, v, *extra.values()]
+        heads = [self._heads.q, self._heads.kv, self._heads.kv, *(self._heads.q for _ in extra)]
+        settings = describe(
+            self.sp,
+            {
+                "backend": self.backend_name,
+                "lengths": list(plan.lengths),
+                "rows": list(plan.rows),
+                "batch": int(q.shape[0]),
+                "heads": [self.num_heads, self.num_kv_heads, self.head_size],
+                "text": int(text[0].shape[1]) if text else 0,
+                "extra_inputs": sorted(extra),
+                "rotary": freqs_cis is not None,
+                "causal": bool(self.attn_impl.causal),
+                "softmax_scale": float(self.attn_impl.softmax_scale),
+                "grad": torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *text)),
+            },
+        )
+        q, k, v, *rest = to_heads(tensors, list(text), heads, plan, rank, settings)
+        total, tail = plan.length, q.shape[1] - plan.length
+        if q.shape[2]:
+            gates = dict(zip(extra, rest, strict=True))
+            if tail and self._preprocesses:
+                text_qkv = tuple(x[:, total:] for x in (q, k, v))
+                q, k, v = (x[:, :total] for x in (q, k, v))
+                video, text_output = self._attend(q, k, v, text_qkv, metadata, gates)
+                assert text_output is not None
+                output = torch.cat((video, text_output), dim=1)
+            else:
+                output, _ = self._attend(q, k, v, (), metadata, gates)
+        else:
+            # no head of its own: the empty q keeps the exchange in the graph, whose backward other ranks wait for
+            output = q
+        shard, text_output = to_shards(output, self._heads.q, plan, rank, settings)
+        return shard, text_output if text else None
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        text: tuple[torch.Tensor, ...],
+        metadata: AttentionMetadata | None,
+        extra: dict[str, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the impl on all tokens, text behind the sequence after `preprocess_qkv`."""
+        impl = self.attn_impl
+        if self._preprocesses:
+            q, k, v = (impl.preprocess_qkv(x, metadata) for x in (q, k, v))
+        length = q.shape[1]
+        if text:
+            q, k, v = (torch.cat((x, tail), dim=1) for x, tail in zip((q, k, v), text, strict=True))
+        output = impl.forward(q, k, v, metadata, **extra)
+        text_output = None
+        if text:
+            output, text_output = output[:, :length], output[:, length:]
+        return (impl.postprocess_output(output, metadata) if self._postprocesses else output), text_output
+
+    def _check_freqs(self, freqs_cis: Freqs, length: int) -> None:
+        if not isinstance(freqs_cis, (tuple, list)) or len(freqs_cis) != 2:
+            raise UnsupportedRequestError(f"freqs_cis must be the pair (cos, sin), got {type(freqs_cis).__name__}")
+        for name, table in zip(("cos", "sin"), freqs_cis, strict=True):
+            if table.shape[0] != length:
+                raise UnsupportedRequestError(
+                    f"freqs_cis {name} must cover the whole sequence of {length} tokens, got {list(table.shape)}"
+                )
+
+    def _check_shards(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, original_seq_len: int | None) -> None:
+        self._check(q, k, v)
+        if original_seq_len is not None and original_seq_len < 1:
+            raise UnsupportedRequestError(f"original_seq_len must be >= 1 or None, got {original_seq_len}")
+        if k.shape[1] != q.shape[1]:
+            raise UnsupportedRequestError(
+                f"q has {q.shape[1]} rows and k {k.shape[1]}: one sequence is shared; keys that every rank holds need no "
+                "exchange: use LocalAttention"
+            )
+
+
+class DistributedAttention(_SequenceParallel):
+    """Attention over a sequence that is split over the ranks of a group; with one rank the same as `LocalAttention`.
+
+    Each rank passes its tokens of all heads, attends with its heads over all tokens, and gets its tokens back: two
+    all-to-alls forward, two backward. Any number of heads and tokens can be split. Every rank has to make the same calls.
+
+    Gradients are those of the sum of all ranks' losses; the mean over ranks of a parameter's gradient is the gradient of the
+    mean of the losses. That holds for the impl's own parameters and for whatever made the replicated tokens. A rank
+    without heads (more ranks than query heads) never runs its impl, whose parameters then have no gradient there.
+
+    Args:
+        num_heads: Query heads, >= 1.
+        head_size: Channels of one head, >= 1.
+        num_kv_heads: Key and value heads, a divisor of `num_heads`; None = `num_heads`.
+        softmax_scale: Factor on the scores; None = `head_size ** -0.5`; 0.0 is a value.
+        causal: Whether a query sees only keys up to its own position.
+        supported_attention_backends: Backends this layer allows; None = every one.
+        prefix: Name of the layer in its model.
+        backend: Explicit choice, by member or name.
+        default_backend: Preference of the layer's author, which users override.
+        dtype: Of q, k and v, for the selection; None = torch's default dtype.
+        sp_group: The ranks; None = what `init_sequence_parallel` or `use_sp` set, else this process alone.
+        strategy: "ulysses", heads against tokens by all-to-all. "ring", "usp" and "allgather_kv" are refused: they are not
+            implemented.
+        **extra_impl_args: Arguments of the backend's own.
+
+    Attributes:
+        sp: The group.
+
+    Raises:
+        AttnmuxError: The selection failed, the strategy is not implemented, or the backend refuses an argument.
+    """
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        original_seq_len: int | None = None,
+        replicated_q: torch.Tensor | None = None,
+        replicated_k: torch.Tensor | None = None,
+        replicated_v: torch.Tensor | None = None,
+        freqs_cis: Freqs | None = None,
+        *,
+        attn_metadata: AttentionMetadata | None = None,
+        plan: SeqPlan | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the output for this rank's tokens and the one for the replicated tokens.
+
+        Args:
+            q: `[B, rows, H, D]`, this rank's shard, D contiguous.
+            k: `[B, rows, H_kv, D]`, likewise.
+            v: `[B, rows, H_kv, D]`, likewise.
+            original_seq_len: Tokens of the whole sequence, >= 1; the rows beyond, at the end of the last shards, are padding.
+                None = no padding. Every rank then has equally many rows.
+            replicated_q: `[B, T, H, D]`, tokens that every rank holds, behind the sequence; None = none.
+            replicated_k: `[B, T, H_kv, D]`, likewise.
+            replicated_v: `[B, T, H_kv, D]`, likewise.
+            freqs_cis: (cos, sin) of the whole sequence, each `[S, D/2]` or `[S, D]`, for q and k but not the replicated ones.
+            attn_metadata: Metadata of this pass; None = the forward context's.
+            plan: Where the tokens are, for shards of different sizes.
+
+        Returns:
+            `[B, rows, H, D]`, zeros in rows of padding, and `[B, T, H, D]` or None.
+
+        Raises:
+            UnsupportedRequestError: An argument that does not fit; names it.
+            SequenceParallelError: Ranks disagree, or one did not come.
+        """
+        self._check_shards(q, k, v, original_seq_len)
+        seq_plan = self._plan(q.shape[1], original_seq_len, plan)
+        return self._run(
+            (q, k, v), seq_plan, self._text(q, replicated_q, replicated_k, replicated_v), freqs_cis, attn_metadata, {}
+        )
+
+    def _text(self, q: torch.Tensor, *text: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        given = tuple(x for x in text if x is not None)
+        if not given:
+            return ()
+        if len(given) != len(text):
+            raise UnsupportedRequestError(
+                "replicated_q, replicated_k and replicated_v come together; one or two are missing"
+            )
+        self._check(*given)
+        if any(x.shape[0] != q.shape[0] or x.shape[1] != given[0].shape[1] for x in given):
+            raise UnsupportedRequestError(
+                f"replicated tensors must have the batch size {q.shape[0]} and one length, got {[list(x.shape) for x in given]}"
+            )
+        if given[0].dtype != q.dtype or given[0].device != q.device:
+            raise UnsupportedRequestError(
+                f"replicated tensors must be {q.dtype} on {q.device} as q is, got {given[0].dtype} on {given[0].device}"
+            )
+        return given if given[0].shape[1] else ()
+
+
+class DistributedAttention_VSA(_SequenceParallel):  # noqa: N801 - the contract's name
+    """`DistributedAttention` for video sparse attention: the gate of the coarse branch travels with q, k and v."""
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        original_seq_len: int | None,
+        replicated_q: torch.Tensor | None = None,
+        replicated_k: torch.Tensor | None = None,
+        replicated_v: torch.Tensor | None = None,
+        gate_compress: torch.Tensor | None = None,
+        freqs_cis: Freqs | None = None,
+        *,
+        attn_metadata: AttentionMetadata | None = None,
+        plan: SeqPlan | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the output for this rank's tokens, and None.
+
+        Args:
+            q: See `DistributedAttention`; likewise k, v, original_seq_len, freqs_cis, attn_metadata and plan.
+            k: See there.
+            v: See there.
+            original_seq_len: See there.
+            replicated_q: Refused, as are replicated_k and replicated_v: tiles are cut from the video alone.
+            replicated_k: Refused.
+            replicated_v: Refused.
+            gate_compress: `[B, rows, H, D]`, factor on the coarse branch; None leaves it out, and nothing is sent for it.
+            freqs_cis: See there.
+            attn_metadata: See there.
+            plan: See there.
+
+        Raises:
+            UnsupportedRequestError: An argument that does not fit, or replicated tokens; names it.
+            SequenceParallelError: Ranks disagree, or one did not come.
+        """
+        if replicated_q is not None or replicated_k is not None or replicated_v is not None:
+            raise UnsupportedRequestError(
+                "DistributedAttention_VSA takes no replicated tokens; use DistributedAttention"
+            )
+        self._check_shards(q, k, v, original_seq_len)
+        seq_plan = self._plan(q.shape[1], original_seq_len, plan)
+        extra = {}
+        if gate_compress is not None:
+            self._checked_extra_inputs({"gate_compress": gate_compress})
+            if gate_compress.shape != q.shape or gate_compress.dtype != q.dtype or gate_compress.device != q.device:
+                raise UnsupportedRequestError(
+                    f"gate_compress must be {list(q.shape)} {q.dtype} on {q.device} as q is, got {list(gate_compress.shape)} "
+                    f"{gate_compress.dtype} on {gate_compress.device}"
+                )
+            extra["gate_compress"] = gate_compress
+        return self._run((q, k, v), seq_plan, (), freqs_cis, attn_metadata, extra)

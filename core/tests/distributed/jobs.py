@@ -1,0 +1,418 @@
+"""What the ranks of a pool run. Most compare with LocalAttention on the whole sequence and raise where they differ."""
+
+import datetime
+import os
+import time
+
+import torch
+import torch.distributed as dist
+
+from attnmux import (
+    DistributedAttention,
+    DistributedAttention_VSA,
+    LocalAttention,
+    SeqPlan,
+    SequenceParallelError,
+    SPGroup,
+    UnsupportedRequestError,
+    init_sequence_parallel,
+    use_sp,
+)
+from attnmux.distributed.exchange import count_traffic, describe, to_heads, to_shards
+from attnmux.distributed.plan import HeadPlan
+from attnmux.rotary import apply_rotary
+from attnmux.testing import assert_close_to_oracle
+
+DIM = 8
+REPLICATED = ("replicated_q", "replicated_k", "replicated_v")
+
+
+def case(size, length, batch, heads, kv_heads, text, dim=DIM):
+    generator = torch.Generator().manual_seed(0)
+
+    def make(rows, n):
+        return torch.randn(batch, rows, n, dim, generator=generator, dtype=torch.float64)
+
+    video = [make(length, n) for n in (heads, kv_heads, kv_heads)]
+    words = [make(text, n) for n in (heads, kv_heads, kv_heads)] if text else []
+    # one weight of the sequence's output; every rank weighs the text differently
+    weights = make(length, heads), [make(text, heads) for _ in range(size)]
+    angles = torch.randn(length, dim // 2, generator=generator, dtype=torch.float64)
+    return video, words, weights, (angles.cos(), angles.sin())
+
+
+def near(found, want, what, kind="output"):
+    assert_close_to_oracle(found, want, want, kind=kind, what=what)
+
+
+def shards(tensors, plan, rank, *, strided=False):
+    """This rank's rows of each as leaves; what lies in rows of padding must not matter."""
+    first, last = plan.range_of(rank)
+    padding = plan.rows[rank] - (last - first)
+    parts = [torch.nn.functional.pad(x[:, first:last], (0, 0, 0, 0, 0, padding), value=7.0) for x in tensors]
+    if strided:
+        parts = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in parts]
+    return [x.clone().requires_grad_() for x in parts]
+
+
+def whole(layer, video, words, freqs):
+    """What the layer gives for the sequence and the text behind it, in one process."""
+    q, k, v = video
+    if freqs is not None:
+        q, k = apply_rotary(q, freqs), apply_rotary(k, freqs)
+    length = q.shape[1]
+    if words:
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip((q, k, v), words, strict=True))
+    output = layer(q, k, v)
+    return output[:, :length], output[:, length:]
+
+
+def compare(sp, length, batch, heads, kv_heads, text, rotary, padded, causal=False):
+    video, words, (weight, text_weights), freqs = case(sp.size, length, batch, heads, kv_heads, text)
+    freqs = freqs if rotary else None
+    arguments = {"num_kv_heads": kv_heads, "causal": causal, "backend": "TORCH_SDPA", "dtype": torch.float64}
+    leaves = [x.clone().requires_grad_() for x in video]
+    word_leaves = [x.clone().requires_grad_() for x in words]
+    want, want_text = whole(LocalAttention(heads, DIM, **arguments), leaves, word_leaves, freqs)
+    ((want * weight).sum() + sum((want_text * w).sum() for w in text_weights)).backward()
+
+    plan = SeqPlan.padded(length, -(-length // sp.size) + 1, sp.size) if padded else SeqPlan.balanced(length, sp.size)
+    first, last = plan.range_of(sp.rank)
+    count = last - first
+    mine = shards(video, plan, sp.rank, strided=batch == 2)
+    my_words = [x.clone().requires_grad_() for x in words]
+    layer = DistributedAttention(heads, DIM, sp_group=sp, **arguments)
+    options = {"original_seq_len": length} if padded else {"plan": plan}
+    if text:
+        options.update(zip(REPLICATED, my_words, strict=True))
+    with count_traffic() as forward:
+        got, got_text = layer(*mine, freqs_cis=freqs, **options)
+    loss = (got[:, :count] * weight[:, first:last]).sum()
+    if text:
+        loss = loss + (got_text * text_weights[sp.rank]).sum()
+    with count_traffic() as backward:
+        loss.backward()
+
+    near(got[:, :count], want[:, first:last], "output")
+    assert not got[:, count:].any(), "rows of padding are not zero"
+    for name, x, y in zip("qkv", mine, leaves, strict=True):
+        near(x.grad[:, :count], y.grad[:, first:last], f"gradient of {name}", "gradient")
+        assert not x.grad[:, count:].any(), f"rows of padding have a gradient of {name}"
+    if text:
+        near(got_text, want_text, "text")
+        for name, x, y in zip("qkv", my_words, word_leaves, strict=True):
+            # each rank has the gradient of its heads
+            total = x.grad.clone()
+            if sp.size > 1:
+                dist.all_reduce(total)
+            near(total, y.grad, f"gradient of text {name}", "gradient")
+    else:
+        assert got_text is None
+    return forward.collectives, forward.elements_sent, backward.collectives, backward.elements_sent
+
+
+def there_and_back(sp, lengths, rows, batch, heads, kv_heads, text):
+    """The exchange alone: the right heads of every token arrive, and what goes back is what was there."""
+    plan, of = SeqPlan(lengths, rows), HeadPlan.of(heads, kv_heads, sp.size)
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(batch, plan.length, n, 2, generator=generator) for n in (heads, kv_heads)]
+    words = [torch.randn(batch, text, n, 2, generator=generator) for n in (heads, kv_heads)] if text else []
+    settings = describe(sp, {"case": (lengths, rows, batch, heads, kv_heads, text)})
+    mine = [x.detach() for x in shards(tensors, plan, sp.rank)]
+    arrived = to_heads(mine, words, [of.q, of.kv], plan, sp.rank, settings)
+    for i, ranges in enumerate((of.q, of.kv)):
+        first, last = ranges[sp.rank]
+        want = tensors[i][:, :, first:last]
+        assert torch.equal(arrived[i], torch.cat((want, words[i][:, :, first:last]), 1) if text else want)
+    shard, tail = to_shards(arrived[0], of.q, plan, sp.rank, settings)
+    first, last = plan.range_of(sp.rank)
+    assert torch.equal(shard[:, : last - first], tensors[0][:, first:last])
+    assert not shard[:, last - first :].any()
+    assert torch.equal(tail, words[0]) if text else tail.shape[1] == 0
+
+
+def operators(sp):
+    """The custom operators pass torch's own checks."""
+    plan, of = SeqPlan((3,) + (2,) * (sp.size - 1), (3,) * sp.size), HeadPlan.of(5, 5, sp.size)
+    settings = describe(sp, {"case": "opcheck"})
+    q, k = (torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    words = [torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    ranges = [bound for first_last in of.q for _ in range(2) for bound in first_last]
+    rest = (list(plan.lengths), sp.rank, settings)
+    torch.library.opcheck(torch.ops.attnmux.sp_to_heads.default, ([q, k], words, ranges, *rest))
+    first, last = of.q[sp.rank]
+    x = torch.randn(2, plan.length + 2, last - first, 4, dtype=torch.float64, requires_grad=True)
+    ranges = [bound for first_last in of.q for bound in first_last]
+    torch.library.opcheck(torch.ops.attnmux.sp_to_shards.default, (x, 3, ranges, *rest))
+
+
+def one_rank_bits(sp):
+    video, _, _, freqs = case(1, 7, 2, 4, 2, 0)
+    arguments = {"num_kv_heads": 2, "backend": "TORCH_SDPA", "dtype": torch.float64}
+    want = LocalAttention(4, DIM, **arguments)(*video, freqs)
+    got, text = DistributedAttention(4, DIM, sp_group=sp, **arguments)(*video, freqs_cis=freqs)
+    assert text is None
+    assert torch.equal(got, want)
+
+
+def compiled(sp):
+    video, words, _, freqs = case(sp.size, 9, 2, 5, 5, 3)
+    plan = SeqPlan.balanced(9, sp.size)
+    layer = DistributedAttention(5, DIM, sp_group=sp, backend="TORCH_SDPA", dtype=torch.float64)
+
+    def run(function):
+        mine = shards(video, plan, sp.rank)
+        got, text = function(*mine, None, *words, freqs, plan=plan)
+        (got.square().sum() + text.square().sum()).backward()
+        return [got, text, *(x.grad for x in mine)]
+
+    found = run(torch.compile(layer, fullgraph=True, backend="aot_eager"))
+    for i, (a, b) in enumerate(zip(found, run(layer), strict=True)):
+        near(a, b, f"result {i}", "gradient")
+
+
+def checkpointed(sp):
+    from torch.utils.checkpoint import checkpoint
+
+    video, _, _, _ = case(sp.size, 8, 1, 4, 4, 0)
+    plan = SeqPlan.balanced(8, sp.size)
+    layer = DistributedAttention(4, DIM, sp_group=sp, backend="TORCH_SDPA", dtype=torch.float64)
+
+    def run(function):
+        mine = shards(video, plan, sp.rank)
+        function(*mine)[0].square().sum().backward()
+        return [x.grad for x in mine]
+
+    for a, b in zip(run(lambda *x: checkpoint(layer, *x, use_reentrant=False)), run(layer), strict=True):
+        assert torch.equal(a, b)
+
+
+class Scaled(torch.nn.Module):
+    """An impl with a parameter."""
+
+    def __init__(self, impl):
+        super().__init__()
+        self.impl, self.causal, self.softmax_scale = impl, impl.causal, impl.softmax_scale
+        self.weight = torch.nn.Parameter(torch.linspace(0.5, 2.0, DIM, dtype=torch.float64))
+
+    def forward(self, query, key, value, attn_metadata):
+        return self.impl.forward(query, key * self.weight, value, attn_metadata)
+
+
+def parameter(sp):
+    """Over the ranks the mean of a parameter's gradients is the gradient of the mean of the losses."""
+    video, _, (weight, _), _ = case(sp.size, 7, 1, 5, 5, 0)
+    options = {"backend": "TORCH_SDPA", "dtype": torch.float64}
+    plan = SeqPlan.balanced(7, sp.size)
+    first, last = plan.range_of(sp.rank)
+    local, layer = LocalAttention(5, DIM, **options), DistributedAttention(5, DIM, sp_group=sp, **options)
+    for each in (local, layer):
+        impl = each.attn_impl
+        del each.attn_impl
+        each.attn_impl = Scaled(impl)
+    # a rank's loss is that of its tokens, so that the sum over the ranks is the loss of the sequence
+    ((local(*video) * weight).sum() / sp.size).backward()
+    (layer(*shards(video, plan, sp.rank), plan=plan)[0] * weight[:, first:last]).sum().backward()
+    mean = layer.attn_impl.weight.grad.clone()
+    if sp.size > 1:
+        dist.all_reduce(mean)
+    near(mean / sp.size, local.attn_impl.weight.grad, "gradient of the parameter", "gradient")
+
+
+def gradient_of_one(sp):
+    """Gradients are asked for of k alone, and in inference mode of nothing."""
+    video, _, _, _ = case(sp.size, 8, 1, 4, 4, 0)
+    plan = SeqPlan.balanced(8, sp.size)
+    layer = DistributedAttention(4, DIM, sp_group=sp, backend="TORCH_SDPA", dtype=torch.float64)
+    all_three = shards(video, plan, sp.rank)
+    want, _ = layer(*all_three)
+    want.square().sum().backward()
+    q, k, v = (x.detach().clone() for x in all_three)
+    got, _ = layer(q, k.requires_grad_(), v)
+    got.square().sum().backward()
+    assert torch.equal(k.grad, all_three[1].grad)
+    assert q.grad is None
+    assert v.grad is None
+    with torch.inference_mode():
+        assert torch.equal(layer(q, k, v)[0], want)
+
+
+def video_sparse(sp, gated):
+    from attnmux_vsa.backend import VideoSparseAttentionMetadataBuilder
+
+    grid = (7, 5, 3)
+    rows = 7 * 5 * 3
+    video, _, (weight, _), freqs = case(sp.size, rows, 1, 4, 4, 0)
+    tensors = [*video, video[0].flip(1)] if gated else video
+    metadata = VideoSparseAttentionMetadataBuilder().build(0, grid, (1, 1, 1), 0.5)
+    options = {"backend": "VIDEO_SPARSE_ATTN", "dtype": torch.float64}
+    plan = SeqPlan.balanced(rows, sp.size)
+    first, last = plan.range_of(sp.rank)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    gate = leaves[3] if gated else None
+    want = LocalAttention(4, DIM, **options)(*leaves[:3], freqs, attn_metadata=metadata, gate_compress=gate)
+    (want * weight).sum().backward()
+    mine = shards(tensors, plan, sp.rank)
+    layer = DistributedAttention_VSA(4, DIM, sp_group=sp, **options)
+    my_gate = mine[3] if gated else None
+    with count_traffic() as traffic:
+        got, text = layer(*mine[:3], None, gate_compress=my_gate, freqs_cis=freqs, attn_metadata=metadata, plan=plan)
+    (got * weight[:, first:last]).sum().backward()
+    assert text is None
+    # which tiles are kept is decided per head, on the whole sequence
+    assert torch.equal(got, want[:, first:last])
+    for name, x, y in zip(("q", "k", "v", "gate"), mine, leaves, strict=False):
+        near(x.grad, y.grad[:, first:last], f"gradient of {name}", "gradient")
+    return traffic.collectives, traffic.elements_sent
+
+
+def sparse_linear(sp):
+    """SLA: outputs and gradients match; those of its projection add up over the ranks."""
+    video, _, (weight, _), _ = case(sp.size, 200, 1, 4, 4, 0, dim=16)
+    options = {"backend": "SLA_ATTN", "dtype": torch.float64, "topk_ratio": 0.5, "BLKQ": 64, "BLKK": 64}
+    plan = SeqPlan.balanced(200, sp.size)
+    first, last = plan.range_of(sp.rank)
+    local, layer = LocalAttention(4, 16, **options), DistributedAttention(4, 16, sp_group=sp, **options)
+    for each in (local, layer):
+        torch.nn.init.normal_(each.attn_impl.proj_l.weight, generator=torch.Generator().manual_seed(1))
+    leaves, mine = [x.clone().requires_grad_() for x in video], shards(video, plan, sp.rank)
+    want, (got, _) = local(*leaves), layer(*mine, plan=plan)
+    near(got, want[:, first:last], "output")
+    (want * weight).sum().backward()
+    (got * weight[:, first:last]).sum().backward()
+    for name, x, y in zip("qkv", mine, leaves, strict=True):
+        near(x.grad, y.grad[:, first:last], f"gradient of {name}", "gradient")
+    total = layer.attn_impl.proj_l.weight.grad.clone()
+    if sp.size > 1:
+        dist.all_reduce(total)
+    wanted = local.attn_impl.proj_l.weight.grad
+    # the parameter and its gradient are float32
+    assert_close_to_oracle(total, wanted.double(), wanted, kind="gradient", what="gradient of proj_l")
+
+
+def mixture_of_blocks(sp, scope):
+    """VMoBA: the output has the same bits where every head chooses for itself; else it is refused."""
+    from attnmux_vmoba.backend import VMOBAAttentionMetadataBuilder
+
+    video, _, _, _ = case(sp.size, 4 * 4 * 6, 1, 4, 4, 0)
+    options = {"backend": "VMOBA_ATTN", "dtype": torch.float64, "layer_idx": 0}
+    metadata = VMOBAAttentionMetadataBuilder().build(
+        0, (4, 4, 6), (1, 1, 1), temporal_chunk_size=1, temporal_topk=2, spatial_chunk_size=(2, 3), spatial_topk=2,
+        st_chunk_size=(2, 2, 3), st_topk=2, moba_select_mode="threshold", moba_threshold_type=scope,
+    )  # fmt: skip
+    plan = SeqPlan.balanced(4 * 4 * 6, sp.size)
+    first, last = plan.range_of(sp.rank)
+    layer = DistributedAttention(4, DIM, sp_group=sp, **options)
+    try:
+        got, _ = layer(*shards(video, plan, sp.rank), plan=plan, attn_metadata=metadata)
+    except UnsupportedRequestError as error:
+        return str(error)
+    assert torch.equal(got, LocalAttention(4, DIM, **options)(*video, attn_metadata=metadata)[:, first:last])
+    return None
+
+
+def groups(sp):
+    """A mesh, a slice of one, the default and the scope all name the ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    assert dist.get_world_size() == 4
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    arguments = {"backend": "TORCH_SDPA", "dtype": torch.float64}
+    of_slice = DistributedAttention(4, DIM, sp_group=mesh["sp"], **arguments)
+    assert (of_slice.sp.size, of_slice.sp.rank) == (2, sp.rank % 2)
+    try:
+        SPGroup.from_mesh(mesh)
+    except UnsupportedRequestError as error:
+        assert "must be a mesh of one dimension, got 2" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError("a mesh of two dimensions is taken")
+    try:
+        init_sequence_parallel(3)
+    except UnsupportedRequestError as error:
+        assert "size=3 must divide the world size 4" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError("a size that does not divide the world is taken")
+    found = init_sequence_parallel(2, timeout=sp.timeout)
+    of_default = DistributedAttention(4, DIM, **arguments)
+    assert of_default.sp == found
+    with use_sp(dist.group.WORLD):
+        assert DistributedAttention(4, DIM, **arguments).sp.size == 4
+    with use_sp(SPGroup.local()):
+        assert DistributedAttention(4, DIM, **arguments).sp.size == 1
+    assert DistributedAttention(4, DIM, **arguments).sp == found
+    # both pairs of ranks work on the same numbers at the same time
+    video, _, _, _ = case(2, 6, 1, 4, 4, 0)
+    plan = SeqPlan.balanced(6, 2)
+    first, last = plan.range_of(sp.rank % 2)
+    want = LocalAttention(4, DIM, **arguments)(*video)[:, first:last]
+    for layer in (of_slice, of_default):
+        near(layer(*shards(video, plan, sp.rank % 2))[0], want, "output")
+
+
+def _own_group(sp, timeout, **options):
+    """A group of all ranks for a test that leaves it out of step, so that the pool stays in step."""
+    group = dist.new_group(list(range(sp.size)), timeout=datetime.timedelta(seconds=timeout))
+    return SPGroup.from_group(group, timeout=timeout, **options)
+
+
+def _failure(function):
+    start = time.monotonic()
+    try:
+        function()
+    except SequenceParallelError as error:
+        return str(error), time.monotonic() - start
+    raise AssertionError("no error")
+
+
+def _ones(rows, dtype=torch.float64):
+    return torch.ones(1, rows, 4, DIM, dtype=dtype)
+
+
+def disagree(sp, field):
+    odd = sp.rank == sp.size - 1
+    own = _own_group(sp, 5.0)
+    layer = DistributedAttention(
+        4, DIM, sp_group=own, backend="TORCH_SDPA", softmax_scale=0.3 if field == "softmax_scale" and odd else 0.5
+    )
+    x = _ones(5 if field == "rows" and odd else 4, torch.float32 if field == "dtype" and odd else torch.float64)
+    text = [_ones(2 if field == "text" and odd else 1, x.dtype)] * 3
+    with count_traffic() as traffic:
+        found = _failure(lambda: layer(x, x, x, None, *text))
+    assert traffic.collectives == 0, "data moved before the ranks agreed"
+    return found
+
+
+def disagree_later(sp, checked):
+    """Both kinds of call have been agreed on before; then the ranks make different ones."""
+    if checked:
+        os.environ["ATTNMUX_DIST_CHECK"] = "1"
+    try:
+        own = _own_group(sp, 1.5)
+    finally:
+        os.environ.pop("ATTNMUX_DIST_CHECK", None)
+    assert own.checks_every_call is checked
+    layer = DistributedAttention(4, DIM, sp_group=own, backend="TORCH_SDPA", dtype=torch.float64)
+    for rows in (4, 5):
+        layer(*[_ones(rows)] * 3)
+    rows = 5 if sp.rank else 4
+    # without the check: a kind that only one of the ranks knows
+    return _failure(lambda: layer(*[_ones(rows if checked else (4, 6)[bool(sp.rank)])] * 3))
+
+
+def missing(sp):
+    own = _own_group(sp, 1.0)
+    if sp.rank:
+        return None
+    layer = DistributedAttention(4, DIM, sp_group=own, backend="TORCH_SDPA", dtype=torch.float64)
+    return _failure(lambda: layer(*[_ones(4)] * 3))
+
+
+def missing_in_backward(sp):
+    own = _own_group(sp, 1.0)
+    layer = DistributedAttention(4, DIM, sp_group=own, backend="TORCH_SDPA", dtype=torch.float64)
+    output, _ = layer(*[_ones(4).requires_grad_() for _ in range(3)])
+    return None if sp.rank else _failure(lambda: output.sum().backward())
+
+
+def hang(sp):
+    time.sleep(60)

@@ -1,0 +1,96 @@
+"""Ranks that are started once per size and run one job after another, each within a time limit."""
+
+import datetime
+import faulthandler
+import importlib
+import queue
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+
+RANK_TIMEOUT = 8.0
+"""Seconds that a rank waits for another in a collective or a check."""
+JOB_TIMEOUT = 40.0
+"""Seconds after which a job counts as hung, start of the ranks included."""
+
+
+def _worker(rank, size, store, jobs, results):
+    sys.path.insert(0, str(Path(__file__).parent))
+    torch.set_num_threads(1)
+    import torch.distributed as dist
+
+    from attnmux.distributed import SPGroup
+
+    limit = datetime.timedelta(seconds=RANK_TIMEOUT)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=limit)
+    sp = SPGroup.from_group(dist.group.WORLD, timeout=RANK_TIMEOUT)
+    while (job := jobs.get()) is not None:
+        function, arguments = job
+        # a rank that hangs says where, before the pool gives up on it
+        faulthandler.dump_traceback_later(JOB_TIMEOUT - 2)
+        try:
+            results.put((rank, getattr(importlib.import_module("jobs"), function)(sp, *arguments), None))
+        except BaseException:  # noqa: BLE001 - the test reports it
+            results.put((rank, None, traceback.format_exc()))
+        faulthandler.cancel_dump_traceback_later()
+    dist.destroy_process_group()
+
+
+class Pool:
+    """`size` processes in one group; once a job has failed the ranks may be out of step, and the pool is closed."""
+
+    def __init__(self, size, directory):
+        context = mp.get_context("spawn")
+        self.size, self.is_open, self.results = size, True, context.Queue()
+        self.jobs = [context.Queue() for _ in range(size)]
+        self.processes = [
+            context.Process(
+                target=_worker,
+                args=(rank, size, f"{directory}/store", self.jobs[rank], self.results),
+                daemon=True,
+            )
+            for rank in range(size)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, function, *arguments):
+        """Run `function(sp, *arguments)` of jobs.py on every rank; return the results in rank order."""
+        for jobs in self.jobs:
+            jobs.put((function, arguments))
+        found, deadline = {}, time.monotonic() + JOB_TIMEOUT
+        while len(found) < self.size:
+            try:
+                rank, result, error = self.results.get(timeout=max(deadline - time.monotonic(), 0.0))
+            except queue.Empty:
+                silent = sorted(set(range(self.size)) - set(found))
+                self.close(kill=True)
+                errors = "".join(f"\nrank {rank}:\n{error}" for rank, (_, error) in sorted(found.items()) if error)
+                raise AssertionError(
+                    f"{function}{arguments}: no answer from ranks {silent} of {self.size} within {JOB_TIMEOUT:g} s{errors}"
+                ) from None
+            found[rank] = result, error
+        errors = "".join(f"\nrank {rank}:\n{error}" for rank, (_, error) in sorted(found.items()) if error)
+        if errors:
+            self.close(kill=True)
+            raise AssertionError(f"{function}{arguments} on {self.size} ranks:{errors}")
+        return [found[rank][0] for rank in range(self.size)]
+
+    def close(self, *, kill=False):
+        if not self.is_open:
+            return
+        self.is_open = False
+        for jobs, process in zip(self.jobs, self.processes, strict=True):
+            if kill:
+                process.kill()
+            else:
+                jobs.put(None)
+        for process in self.processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+                process.join()

@@ -1,0 +1,49 @@
+"""Ranks that disagree, or do not come: every one ends in time, before wrong data can be read, and says why."""
+
+import pytest
+
+FIELDS = {"dtype": "dtype", "rows": "lengths", "softmax_scale": "softmax_scale", "text": "text"}
+# on top of the timeout of the group
+GRACE = 5.0
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("field", FIELDS)
+def test_disagreement_names_the_rank_and_the_field_before_data_moves(pools, size, field):
+    for rank, (message, seconds) in enumerate(pools(size).run("disagree", field)):
+        odd = size - 1
+        assert f"agreement before to_heads: ranks differ in {FIELDS[field]}: rank {rank} has" in message
+        assert f"rank {0 if rank == odd else odd} has" in message
+        assert seconds < 5.0 + GRACE
+
+
+def test_the_variable_makes_ranks_compare_calls_they_have_agreed_on_before(pools):
+    for rank, (message, _) in enumerate(pools(2).run("disagree_later", True)):
+        assert f"ranks differ in lengths: rank {rank} has" in message
+
+
+def test_without_the_variable_a_later_disagreement_ends_every_rank_in_time(pools):
+    (first, seconds), (second, more_seconds) = pools(2).run("disagree_later", False)
+    assert "to_heads failed on rank 0 of 2" in first
+    assert "before to_heads: rank 1 waited 1.5 s for rank 0, which did not come" in second
+    assert max(seconds, more_seconds) < 1.5 + GRACE
+
+
+def test_a_missing_rank_is_named_in_time(pools):
+    message, seconds = pools(2).run("missing")[0]
+    assert "before to_heads: rank 0 waited 1 s for rank 1, which did not come" in message
+    assert seconds < 1.0 + GRACE
+
+
+def test_a_rank_that_misses_the_backward_pass_is_named_in_time(pools):
+    message, seconds = pools(2).run("missing_in_backward")[0]
+    assert "before to_shards backward: rank 0 waited 1 s for rank 1, which did not come" in message
+    assert seconds < 1.0 + GRACE
+
+
+def test_a_job_that_hangs_fails_with_a_message(tmp_path, monkeypatch):
+    import pool
+
+    monkeypatch.setattr(pool, "JOB_TIMEOUT", 1.0)
+    with pytest.raises(AssertionError, match=r"hang\(\): no answer from ranks \[0\] of 1 within 1 s"):
+        pool.Pool(1, tmp_path).run("hang")

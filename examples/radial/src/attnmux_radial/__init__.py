@@ -1,0 +1,1 @@
+"""Radial Attention (arXiv 2506.19852) as an attnmux backend."""

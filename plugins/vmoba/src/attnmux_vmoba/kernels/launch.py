@@ -1,0 +1,215 @@
+"""Attention over chosen chunks on the block-sparse operator. Imported with triton, on first use.
+
+Where every query keeps the same number of chunks, its pairs are gathered by chunk (`sort`), so that a tile of 128 rows attends
+to the whole blocks of one chunk and nothing is computed in vain. Partial outputs are merged by their log-sum-exps; the backward
+pass takes the merged output and log-sum-exp, with which the gradients of every part are exact, and sums dQ over the parts.
+
+Heads are taken in slices, so that what is gathered stays small next to q, k, v and the output.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attnmux_blocksparse.kernels import KernelRequest, hopper_reasons
+from attnmux_blocksparse.kernels import launch as block_sparse
+from attnmux_blocksparse.kernels.arguments import IndexTensors
+from attnmux_vmoba.kernels import copy, sort
+
+# Of the bytes of q, k, v and out (backward: and of their gradients), what the buffers of a slice of heads may take, so that
+# the peak stays below 1.3 times that of dense attention.
+FORWARD_SHARE = 0.33
+BACKWARD_SHARE = 0.57
+
+
+def key_layout(chunks):
+    """Tokens of a key block, tokens of a chunk padded to whole blocks, and whether keys are read where they lie."""
+    tokens = chunks.chunk_tokens
+    block = 128 if tokens % 128 == 0 else 64
+    padded = -(-tokens // block) * block
+    return block, padded, chunks.is_raster and padded == tokens
+
+
+def heads_per_slice(
+    heads: int, group: int, bytes_per_head: int, bytes_per_key_head: int, budget: float, whole_groups: bool
+) -> int:
+    """Query heads of one slice: a part of one group, or whole groups; the fewest slices that fit, of about equal size."""
+    fitting = max(1, int(budget / (bytes_per_head + bytes_per_key_head / group)))
+    if fitting >= group or whole_groups:
+        groups = heads // group
+        slices = -(-groups // max(1, fitting // group))
+        return -(-groups // slices) * group
+    while group % fitting:
+        fitting -= 1
+    return fitting
+
+
+def _slices(q, k, per_slice: int):
+    """(sample, query heads, key heads) of every slice; the last of a sample may be smaller."""
+    heads = q.shape[2]
+    group = heads // k.shape[2]
+    for b in range(q.shape[0]):
+        for first in range(0, heads, per_slice):
+            end = min(first + per_slice, heads)
+            yield b, slice(first, end), slice(first // group, (end - 1) // group + 1)
+
+
+class _Keys:
+    """Keys and values of one slice as the operator reads them, `[1, rows, h, D]`, and their blocks."""
+
+    def __init__(self, chunks) -> None:
+        self.chunks = chunks
+        self.block, self.padded, self.in_place = key_layout(chunks)
+        self.chunk_blocks = self.padded // self.block
+        last = chunks.length - (chunks.num_chunks - 1) * chunks.chunk_tokens
+        self.last_blocks = -(-last // self.block)
+        self.num_blocks = (chunks.num_chunks - 1) * self.chunk_blocks + self.last_blocks
+        # the last block of the sequence may be short anyway; a list of lengths costs more, so it is made where it must be
+        self.needs_lengths = not self.in_place and chunks.chunk_tokens % self.block != 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the keys in chunk order."""
+        return self.num_blocks * self.block
+
+    def buffers(self, number: int, k, query_heads: int, group: int):
+        """`number` tensors `[rows, h, D]`, heads outermost in memory, for slices of so many query heads; none if in place."""
+        if self.in_place:
+            return (None,) * number
+        heads = max(1, query_heads // group)
+        return (
+            torch.empty(number, heads, self.rows, k.shape[3], device=k.device, dtype=k.dtype).transpose(1, 2).unbind(0)
+        )
+
+    def arrange(self, k, v, k_buffer, v_buffer):
+        """Arrange k and v `[S, h, D]` -> `[1, rows, h, D]`."""
+        if self.in_place:
+            return k[None], v[None]
+        k_, v_ = k_buffer[:, : k.shape[1]], v_buffer[:, : k.shape[1]]
+        copy.to_chunks(k, v, k_, v_, self.chunks, self.padded)
+        return k_[None], v_[None]
+
+    def lengths(self, device):
+        """Valid tokens of every block, int32 [1, N_k], or None where all are full but for the end of the sequence."""
+        if not self.needs_lengths:
+            return None
+        first = torch.arange(self.num_blocks, device=device) * self.block
+        chunk, place = first // self.padded, first % self.padded
+        tokens = (self.chunks.length - chunk * self.chunks.chunk_tokens).clamp(max=self.chunks.chunk_tokens)
+        return (tokens - place).clamp(0, self.block).to(torch.int32)[None]
+
+
+def _index(keys: _Keys, lists, counts, lengths, b: int, heads: slice, transposed=None) -> IndexTensors:
+    parts = () if transposed is None else tuple(x[b : b + 1, heads] for x in transposed)
+    return IndexTensors(
+        lists[b : b + 1, heads], counts[b : b + 1, heads], sort.TILE, keys.block, None, lengths, True, True, *parts
+    )
+
+
+def attention_forward(q, k, v, words, chunks, topk: int, softmax_scale: float):
+    """Attention of every query over its chosen chunks.
+
+    Args:
+        q: `[B, S, H, D]` in raster order; a half type.
+        k: `[B, S, H_kv, D]`, likewise.
+        v: like k.
+        words: the choice, int32 `[B, H, ceil(C / 32), S]`.
+        chunks: the chunks.
+        topk: chunks of every query, >= 1.
+        softmax_scale: factor on the scores.
+
+    Returns:
+        out `[B, S, H, D]`, contiguous, in raster order, and lse float32 `[B, H, S]` in chunk order.
+    """
+    with torch.cuda.device(q.device):
+        return _gathered_forward(q, k, v, words, chunks, min(topk, chunks.num_chunks), softmax_scale)
+
+
+def _gathered_forward(q, k, v, words, chunks, topk, softmax_scale, engine=None):
+    B, S, heads, D = q.shape
+    keys = _Keys(chunks)
+    pairs = sort.sort_pairs(words, chunks, topk)
+    lists, counts = sort.tile_lists(pairs, keys.chunk_blocks, keys.last_blocks)
+    lengths = keys.lengths(q.device)
+    out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
+    lse = torch.empty(B, heads, S, device=q.device, dtype=torch.float32)
+    n_rows, group = pairs.tiles * sort.TILE, heads // k.shape[2]
+    row_bytes = D * q.element_size()
+    key_bytes = 0 if keys.in_place else 2 * keys.rows * row_bytes
+    budget = FORWARD_SHARE * 2 * (q.numel() + k.numel()) * q.element_size() / B
+    per_slice = heads_per_slice(heads, group, n_rows * (row_bytes + 4), key_bytes, budget, whole_groups=False)
+    part_buffer = torch.empty(per_slice, n_rows, D, device=q.device, dtype=q.dtype)
+    key_buffers = keys.buffers(2, k, per_slice, group)
+    for b, qh, kh in _slices(q, k, per_slice):
+        k_, v_ = keys.arrange(k[b, :, kh], v[b, :, kh], *key_buffers)
+        rows, parts = pairs.rows[b, qh], part_buffer[: qh.stop - qh.start]
+        copy.gather_queries(q[b, :, qh], rows, pairs.sizes[b, qh], parts, chunks)
+        index = _index(keys, lists, counts, lengths, b, qh)
+        engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
+        part_lse = attend(parts, k_, v_, index, softmax_scale, engine)
+        copy.merge_parts(parts, part_lse, rows, out[b, :, qh], lse[b, qh], chunks)
+    return out, lse
+
+
+def choose_operator(parts, k, v, index, softmax_scale) -> str:
+    """The engine of the block-sparse operator for a slice, of those that can write in place; the same for every slice."""
+    request = KernelRequest(parts.transpose(0, 1)[None], k, v, index.block_q, index.block_k, softmax_scale)
+    return "triton" if hopper_reasons(request) else "hopper"
+
+
+def attend(parts, k, v, index, softmax_scale, engine):
+    """Replace the queries `[h, rows, D]` by their outputs, in place; the LSE `[h, rows]`."""
+    rows = parts.transpose(0, 1)[None]
+    return block_sparse.attention_forward(engine, rows, k, v, index, softmax_scale, out=rows)[1][0]
+
+
+def attention_backward(dout, q, k, v, out, lse, words, chunks, topk: int, softmax_scale: float):
+    """The gradients dq, dk, dv, contiguous, in the shapes and types of q, k, v; arguments as in the forward."""
+    if dout.stride(3) != 1:
+        dout = dout.contiguous()
+    with torch.cuda.device(q.device):
+        topk = min(topk, chunks.num_chunks)
+        return _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scale)
+
+
+def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scale, engine=None):
+    heads, D = q.shape[2:]
+    keys = _Keys(chunks)
+    pairs = sort.sort_pairs(words, chunks, topk)
+    lists, counts = sort.tile_lists(pairs, keys.chunk_blocks, keys.last_blocks)
+    transposed = sort.transposed_lists(pairs, keys.chunk_blocks, keys.last_blocks)
+    lengths = keys.lengths(q.device)
+    dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
+    n_rows, group = pairs.tiles * sort.TILE, heads // k.shape[2]
+    row_bytes = D * q.element_size()
+    key_bytes = 0 if keys.in_place else 4 * keys.rows * row_bytes
+    budget = BACKWARD_SHARE * 4 * (q.numel() + k.numel()) * q.element_size() / q.shape[0]
+    per_slice = heads_per_slice(heads, group, n_rows * (2 * row_bytes + 8), key_bytes, budget, whole_groups=True)
+    part_buffers = torch.empty(2, per_slice, n_rows, D, device=q.device, dtype=q.dtype)
+    stat_buffers = torch.empty(2, per_slice, -(-n_rows // 256) * 256, device=q.device, dtype=torch.float32)
+    *key_buffers, dk_buffer, dv_buffer = keys.buffers(4, k, per_slice, group)
+    for b, qh, kh in _slices(q, k, per_slice):
+        k_, v_ = keys.arrange(k[b, :, kh], v[b, :, kh], *key_buffers)
+        dk_, dv_ = dk[b, :, kh], dv[b, :, kh]
+        if not keys.in_place:
+            dk_, dv_ = dk_buffer[:, : dk_.shape[1]], dv_buffer[:, : dk_.shape[1]]
+        rows = pairs.rows[b, qh]
+        (parts, do), stats = part_buffers[:, : qh.stop - qh.start], stat_buffers[:, : qh.stop - qh.start]
+        copy.gather_for_backward(
+            q[b, :, qh], dout[b, :, qh], out[b, :, qh], lse[b, qh], rows, pairs.sizes[b, qh], parts, do, stats, chunks
+        )
+        index = _index(keys, lists, counts, lengths, b, qh, transposed)
+        engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
+        differentiate(parts, do, stats[0], stats[1], k_, v_, dk_[None], dv_[None], index, softmax_scale, engine)
+        copy.sum_parts(parts, rows, dq[b, :, qh], chunks)
+        if not keys.in_place:
+            copy.from_chunks(dk_, dv_, dk[b, :, kh], dv[b, :, kh], chunks, keys.padded)
+    return dq, dk, dv
+
+
+def differentiate(parts, dout, lse2, delta, k, v, dk, dv, index, softmax_scale, engine) -> None:
+    """Replace the queries `[h, rows, D]` by their gradients, in place, and fill dk and dv `[1, rows, h, D]`."""
+    rows, do = parts.transpose(0, 1)[None], dout.transpose(0, 1)[None]
+    block_sparse.attention_gradients(
+        engine, do, lse2[None], delta[None], rows, k, v, rows, dk, dv, index, softmax_scale
+    )

@@ -1,0 +1,213 @@
+"""The kernels in Triton's interpreter, on the CPU. Run by test_kernels.py in a process of its own."""
+
+import os
+
+import pytest
+import torch
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_kernels.py"
+
+# The interpreter is chosen by the variable above, before triton is imported.
+# ruff: noqa: E402
+
+from attnmux.testing import assert_close_to_oracle, dense_attention_baseline, make_inputs, poisoned_memory
+from attnmux_blocksparse.kernels import backward as block_sparse_backward
+from attnmux_blocksparse.kernels import forward as block_sparse_forward
+from attnmux_blocksparse.kernels.configs import BackwardConfig, ForwardConfig
+from attnmux_vmoba import reference
+from attnmux_vmoba.kernels import launch, sort
+from attnmux_vmoba.kernels.select import launch_select
+from attnmux_vmoba.prepare import Selection, resolve_chunks, unpack_bits
+
+# name: (grid, chunk size, topk, heads, key heads, head size, layout, dtype)
+CASES = {
+    "temporal_in_place": ((3, 8, 16), 1, 2, 2, 2, 16, "contiguous", torch.float32),
+    "temporal_short_last": ((3, 8, 12), 0.7, 3, 2, 2, 16, "contiguous", torch.float32),
+    "temporal_short_last_in_place": ((1, 1, 150), 64 / 150, 2, 2, 2, 16, "contiguous", torch.float32),
+    "spatial": ((2, 8, 12), (4, 4), 2, 2, 1, 16, "contiguous", torch.float32),
+    "spatial_whole_blocks": ((4, 8, 8), (4, 4), 3, 4, 2, 16, "packed", torch.float32),
+    "st": ((4, 6, 8), (2, 3, 4), 3, 2, 2, 48, "heads_first", torch.float32),
+    "st_many": ((4, 6, 8), (2, 2, 2), 3, 1, 1, 16, "contiguous", torch.float16),
+    "one_chunk": ((2, 4, 4), 2, 4, 1, 1, 16, "contiguous", torch.float32),
+    "one_token": ((1, 1, 1), 1, 1, 1, 1, 16, "contiguous", torch.float32),
+    "all_chunks": ((2, 4, 8), (1, 2, 4), 99, 1, 1, 16, "contiguous", torch.float32),
+    "own_alone": ((2, 4, 8), (1, 2, 4), 1, 1, 1, 16, "contiguous", torch.float32),
+}
+
+
+# The others have one sample: the interpreter is slow.
+TWO_SAMPLES = ("spatial", "own_alone", "temporal_short_last_in_place")
+
+
+def make(name):
+    grid, chunk_size, topk, heads, heads_kv, D, layout, dtype = CASES[name]
+    chunks = resolve_chunks(grid, chunk_size)
+    inputs = make_inputs(
+        batch=1 + (name in TWO_SAMPLES), length_q=chunks.length, length_k=chunks.length,
+        num_heads=heads, num_kv_heads=heads_kv, head_size=D,
+        dtype=dtype, device="cpu", input_scale=1.0, layout=layout, seed=len(name),
+    )  # fmt: skip
+    return *inputs, chunks, Selection(topk=topk)
+
+
+@pytest.fixture(autouse=True)
+def operator_in_the_interpreter(monkeypatch):
+    """The operator's plain kernels, called without a device."""
+
+    def attend(parts, k, v, index, scale, engine=None):
+        rows = parts.transpose(0, 1)[None]
+        lse = torch.full((1, *parts.shape[:2]), float("nan"))
+        config = ForwardConfig(128, 64, 4, 2)
+        block_sparse_forward.launch_forward(rows, k, v, rows, lse, index, softmax_scale=scale, config=config)
+        return lse[0]
+
+    def differentiate(parts, dout, lse2, delta, k, v, dk, dv, index, scale, engine=None):
+        rows, do = parts.transpose(0, 1)[None], dout.transpose(0, 1)[None]
+        stats, config = (lse2[None], delta[None]), BackwardConfig(64, 64, 4, 2)
+        block_sparse_backward.launch_dkdv(rows, k, v, do, *stats, dk, dv, index, softmax_scale=scale, config=config)
+        block_sparse_backward.launch_dq(rows, k, v, do, *stats, rows, index, softmax_scale=scale, config=config)
+
+    monkeypatch.setattr(launch, "attend", attend)
+    monkeypatch.setattr(launch, "differentiate", differentiate)
+
+
+@pytest.mark.parametrize("name", ["temporal_short_last", "spatial", "st", "st_many", "one_token", "own_alone"])
+@pytest.mark.parametrize(
+    "how", [Selection(), Selection("threshold", threshold=0.3), Selection("threshold", threshold=1.0)]
+)
+def test_choice_is_that_of_the_reference(name, how):
+    q, k, _, chunks, topk = make(name)
+    how = topk if how.mode == "topk" else how
+    with poisoned_memory():
+        words = launch_select(q, k, chunks, how)
+    assert torch.equal(words, reference.select_bits(q.double(), k.double(), chunks, how))
+
+
+@pytest.mark.parametrize("keeps_one", [False, True])
+def test_quirk_keeps_one_more(keeps_one):
+    q, k, _, chunks, _ = make("st")
+    how = Selection("threshold", threshold=0.0, keeps_one=keeps_one)
+    words = launch_select(q, k, chunks, how)
+    assert torch.equal(words, reference.select_bits(q, k, chunks, how))
+    assert (unpack_bits(words, chunks.num_chunks).sum(2) == 1 + keeps_one).all()
+
+
+@pytest.mark.parametrize("how", [Selection(topk=3), Selection("threshold", threshold=0.3)])
+def test_equal_gates_go_to_the_lower_chunk(how):
+    _, _, _, chunks, _ = make("st_many")
+    generator = torch.Generator().manual_seed(0)
+    # small whole numbers: sums are exact, many gates are equal
+    q = torch.randint(-1, 2, (1, chunks.length, 1, 16), generator=generator).float()
+    k = torch.randint(0, 2, (1, chunks.num_chunks, 1, 16), generator=generator).float()
+    k = k.repeat_interleave(chunks.chunk_tokens, 1)
+    from attnmux_vmoba.prepare import from_chunk_order
+
+    k = from_chunk_order(k, chunks)
+    assert torch.equal(launch_select(q, k, chunks, how), reference.select_bits(q, k, chunks, how))
+    assert torch.equal(launch_select(q * 0, k, chunks, how), reference.select_bits(q * 0, k, chunks, how))
+
+
+@pytest.mark.parametrize("how", [Selection(topk=2), Selection("threshold", threshold=0.3)])
+def test_nan_is_kept(how):
+    q, k, _, chunks, _ = make("st")
+    q, k = q.clone(), k.clone()
+    k[0, 5, 0] = float("nan")
+    q[0, 7, 1] = float("nan")
+    assert torch.equal(launch_select(q, k, chunks, how), reference.select_bits(q, k, chunks, how))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pairs_are_sorted_by_chunk_and_token(name):
+    q, k, _, chunks, how = make(name)
+    topk = min(how.topk, chunks.num_chunks)
+    words = reference.select_bits(q, k, chunks, how)
+    chosen = unpack_bits(words, chunks.num_chunks)
+    with poisoned_memory():
+        pairs = sort.sort_pairs(words, chunks, topk)
+        lists, counts = sort.tile_lists(pairs, 3, 2)
+        offsets, entries, order = sort.transposed_lists(pairs, 3, 2)
+    assert torch.equal(pairs.sizes, chosen.sum(-1).int())
+    for b in range(chosen.shape[0]):
+        for h in range(chosen.shape[1]):
+            row, chunk_of_tile = 0, []
+            for c in range(chunks.num_chunks):
+                tokens = chosen[b, h, c].nonzero()[:, 0].tolist()
+                for i, token in enumerate(tokens):
+                    slot = int(chosen[b, h, :c, token].sum())
+                    assert pairs.rows[b, h, slot, token] == row + i
+                tiles = -(-len(tokens) // sort.TILE)
+                chunk_of_tile += [c] * tiles
+                row += tiles * sort.TILE
+            assert len(chunk_of_tile) <= pairs.tiles
+            last = chunks.num_chunks - 1
+            expected = [[3 * c + i for i in range(2 if c == last else 3)] for c in chunk_of_tile]
+            found = [row[:n].tolist() for row, n in zip(lists[b, h], counts[b, h], strict=True)]
+            assert found == expected + [[]] * (pairs.tiles - len(expected))
+            blocks = 3 * last + 2
+            for j in range(blocks):
+                want = [t for t, c in enumerate(chunk_of_tile) if c == j // 3]
+                assert entries[b, h, offsets[b, h, j] : offsets[b, h, j + 1]].tolist() == want
+            assert sorted(order[b, h].tolist()) == list(range(blocks))
+            lengths = offsets[b, h].diff()[order[b, h]]
+            assert (lengths.diff() <= 0).all()
+
+
+def check(name, q, k, v, chunks, how, topk):
+    words = reference.select_bits(q, k, chunks, how)
+    scale = 0.3
+    dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(5)).to(q.dtype)
+    with poisoned_memory():
+        out, lse = launch._gathered_forward(q, k, v, words, chunks, topk, scale)
+        grads = launch._gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, scale)
+    exact = [x.double() for x in (q, k, v)]
+    truth, truth_lse = reference.attention_forward(*exact, words, chunks, scale)
+    truths = reference.attention_backward(dout.double(), *exact, truth, truth_lse, words, chunks, scale)
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    dense = dense_attention_baseline(*leaves, softmax_scale=scale)
+    dense_exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    from attnmux.testing import dense_attention_oracle, measure_error
+
+    dense_truth = dense_attention_oracle(*dense_exact, softmax_scale=scale)
+    assert_close_to_oracle(out, truth, measure_error(dense, dense_truth))
+    assert_close_to_oracle(lse.float(), truth_lse, truth_lse.float(), what="lse")
+    errors = [
+        measure_error(x, y)
+        for x, y in zip(
+            torch.autograd.grad(dense, leaves, dout),
+            torch.autograd.grad(dense_truth, dense_exact, dout.double()),
+            strict=True,
+        )
+    ]
+    for what, x, y, error in zip("qkv", grads, truths, errors, strict=True):
+        size = float(dout.double().square().mean().sqrt() * v.double().square().mean().sqrt())
+        assert_close_to_oracle(x, y, error, kind="gradient", what=f"gradient of {what}", term_size=size)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "spatial_whole_blocks"])
+def test_gathered_attention_agrees_with_the_reference(name):
+    q, k, v, chunks, how = make(name)
+    check(name, q, k, v, chunks, how, min(how.topk, chunks.num_chunks))
+
+
+def test_slices_of_heads_give_the_same_bits(monkeypatch):
+    q, k, v, chunks, how = make("spatial_whole_blocks")
+    words = reference.select_bits(q, k, chunks, how)
+    dout = torch.randn_like(q)
+
+    def run(share):
+        monkeypatch.setattr(launch, "FORWARD_SHARE", share)
+        monkeypatch.setattr(launch, "BACKWARD_SHARE", share)
+        out, lse = launch._gathered_forward(q, k, v, words, chunks, how.topk, 0.3)
+        return out, lse, *launch._gathered_backward(dout, q, k, v, out, lse, words, chunks, how.topk, 0.3)
+
+    # heads one by one, then all at once
+    for x, y in zip(run(0.0), run(1e9), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(("heads", "group", "fitting", "whole_groups", "expected"), [
+    (12, 1, 5.5, False, 4), (12, 1, 0.3, False, 1), (12, 1, 99.0, True, 12), (10, 1, 4.0, False, 4),
+    (12, 4, 3.0, False, 2), (12, 4, 1.0, True, 4), (12, 4, 9.0, False, 8),
+])  # fmt: skip
+def test_slices_are_as_few_as_fit(heads, group, fitting, whole_groups, expected):
+    assert launch.heads_per_slice(heads, group, 1, 0, fitting, whole_groups) == expected
