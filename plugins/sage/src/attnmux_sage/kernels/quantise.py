@@ -24,16 +24,18 @@ from attnmux_sage.prepare import (
 )
 
 SPLITS = 32
+# Blocks of 64 rows per program, for which the rotation is made once.
+PER_PROGRAM = 4
 
 
 @triton.jit
 def _load_rows(ptr, rows, end, stride_s, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Rows of one head as float32 [ROWS, D_PAD]; zeros from `end` on and beyond D."""
+    """Rows of one head [ROWS, D_PAD]; zeros from `end` on and beyond D."""
     offs_d = tl.arange(0, D_PAD)
     mask = (rows < end)[:, None]
     if D != D_PAD:
         mask = mask & (offs_d < D)[None, :]
-    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride_s + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(ptr + rows.to(tl.int64)[:, None] * stride_s + offs_d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["len_k", "heads_k", "chunk"])
@@ -53,13 +55,23 @@ def _sage_stats_kernel(
     peak = tl.zeros([ROWS, D_PAD], tl.float32)
     end = tl.minimum(part * chunk + chunk, len_k)
     for start in tl.range(part * chunk, end, ROWS, num_stages=4):
-        total += _load_rows(k_head, start + offs_r, end, stride_k_s, D, D_PAD)
+        total += _load_rows(k_head, start + offs_r, end, stride_k_s, D, D_PAD).to(tl.float32)
         if FP8:
-            peak = tl.maximum(peak, tl.abs(_load_rows(v_head, start + offs_r, end, stride_v_s, D, D_PAD)))
+            peak = tl.maximum(peak, tl.abs(_load_rows(v_head, start + offs_r, end, stride_v_s, D, D_PAD).to(tl.float32)))
     at = (bh * SPLITS + part) * D_PAD + tl.arange(0, D_PAD)
     tl.store(sums_ptr + at, tl.sum(total, 0))
     if FP8:
         tl.store(peaks_ptr + at, tl.max(peak, 0))
+
+
+@triton.jit
+def _hadamard(D_PAD: tl.constexpr):
+    """Sylvester's matrix (`prepare.hadamard`), float32 [D_PAD, D_PAD]: -1 where the indices share an odd number of bits."""
+    offs = tl.arange(0, D_PAD)
+    common = offs[:, None] & offs[None, :]
+    common = common ^ (common >> 4)
+    # The parity of 4 bits, looked up in a word.
+    return tl.where(((0x6996 >> (common & 15)) & 1) != 0, -1.0, 1.0)
 
 
 @triton.jit(do_not_specialize=["len_k"])
@@ -67,74 +79,89 @@ def _sage_fold_kernel(
     sums_ptr, peaks_ptr, mean_ptr, v_scale_ptr, len_k,
     SPLITS: tl.constexpr, D_PAD: tl.constexpr, FP8: tl.constexpr, FLOOR: tl.constexpr, E4M3: tl.constexpr,
 ):
-    """Mean of K and scale of V per channel, from the partial results of one head."""
+    """Rotated mean of K and scale of V per channel, from the partial results of one head."""
     bh = tl.program_id(0)
     offs_d = tl.arange(0, D_PAD)
     at = (bh * SPLITS + tl.arange(0, SPLITS))[:, None] * D_PAD + offs_d[None, :]
-    tl.store(mean_ptr + bh * D_PAD + offs_d, tl.sum(tl.load(sums_ptr + at), 0) / len_k)
+    mean = tl.sum(tl.load(sums_ptr + at), 0) / len_k
+    # The matrix is symmetric: a sum over its columns.
+    tl.store(mean_ptr + bh * D_PAD + offs_d, tl.sum(_hadamard(D_PAD) * mean[None, :], 1))
     if FP8:
         peak = tl.maximum(tl.max(tl.load(peaks_ptr + at), 0), FLOOR)
         tl.store(v_scale_ptr + bh * D_PAD + offs_d, tl.div_rn(peak, E4M3))
 
 
 @triton.jit
-def _round_to_int8(x):
-    """Nearest integer, ties to even: adding 1.5 * 2**23 leaves no fraction bits."""
-    return ((x + 12582912.0) - 12582912.0).to(tl.int8)
+def _round_to_int8(x, factor):
+    """The product as nearest integer, ties to even, rounded once: adding 1.5 * 2**23 leaves no fraction bits."""
+    return (tl.fma(x, factor, 12582912.0) - 12582912.0).to(tl.int8)
 
 
 @triton.jit
 def _quantise_queries(
     pid, q_ptr, mean_ptr, q8_ptr, q_scale_ptr, shift_ptr, stride_b, stride_s, stride_h, len_q, rows_q, heads, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    LOG2E: tl.constexpr, INT8: tl.constexpr, FLOOR: tl.constexpr, SCALE_FLOOR: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, PER_PROGRAM: tl.constexpr,
+    LOG2E: tl.constexpr, INT8: tl.constexpr, FLOOR: tl.constexpr, SCALE_FLOOR: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """One block of 64 query rows."""
+    """Up to PER_PROGRAM blocks of 64 query rows."""
     offs_d = tl.arange(0, D_PAD)
     blocks_q = rows_q // BLOCK
-    bh = pid // blocks_q
+    programs = tl.cdiv(blocks_q, PER_PROGRAM)
+    bh = pid // programs
     batch = bh // heads
     head = bh % heads
-    rows = (pid % blocks_q) * BLOCK + tl.arange(0, BLOCK)
-    q = _load_rows(q_ptr + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h, rows, len_q, stride_s, D, D_PAD)
+    q_head = q_ptr + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    rotation = _hadamard(D_PAD).to(q_ptr.dtype.element_ty)
     mean = tl.load(mean_ptr + (batch * (heads // GROUP) + head // GROUP) * D_PAD + offs_d)
-    out_row = bh.to(tl.int64) * rows_q + rows
-    peak = tl.maximum(tl.max(tl.abs(q), 1), FLOOR)
     sign = tl.where(scale < 0, -INT8, INT8)
-    tl.store(q8_ptr + out_row[:, None] * D_PAD + offs_d[None, :], _round_to_int8(q * tl.div_rn(sign, peak)[:, None]))
-    tl.store(q_scale_ptr + out_row, tl.maximum(peak * (tl.abs(scale) * (LOG2E / INT8)), SCALE_FLOOR))
-    shift = tl.sum(q * mean[None, :], 1) * scale
-    tl.store(shift_ptr + bh.to(tl.int64) * len_q + rows, shift, mask=rows < len_q)
+    first = (pid % programs) * PER_PROGRAM
+    for block in range(first, tl.minimum(first + PER_PROGRAM, blocks_q)):
+        rows = block * BLOCK + tl.arange(0, BLOCK)
+        q = tl.dot(_load_rows(q_head, rows, len_q, stride_s, D, D_PAD), rotation, input_precision=PRECISION)
+        out_row = bh.to(tl.int64) * rows_q + rows
+        peak = tl.maximum(tl.max(tl.abs(q), 1), FLOOR)
+        tl.store(q8_ptr + out_row[:, None] * D_PAD + offs_d[None, :], _round_to_int8(q, tl.div_rn(sign, peak)[:, None]))
+        tl.store(q_scale_ptr + out_row, tl.maximum(peak * (tl.abs(scale) * (LOG2E / (INT8 * D_PAD))), SCALE_FLOOR))
+        shift = tl.sum(q * mean[None, :], 1) * (scale / D_PAD)
+        tl.store(shift_ptr + bh.to(tl.int64) * len_q + rows, shift, mask=rows < len_q)
 
 
 @triton.jit
 def _quantise_keys(
     pid, k_ptr, v_ptr, mean_ptr, v_scale_ptr, k8_ptr, v8_ptr, k_scale_ptr,
     stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h, len_k, blocks_k, heads_k,
-    D: tl.constexpr, D_PAD: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr, INT8: tl.constexpr, FLOOR: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr, PER_PROGRAM: tl.constexpr, INT8: tl.constexpr,
+    FLOOR: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """One block of 64 keys and their values."""
+    """Up to PER_PROGRAM blocks of 64 keys and their values."""
     offs_r = tl.arange(0, BLOCK)
     offs_d = tl.arange(0, D_PAD)
-    bh = pid // blocks_k
-    block = pid % blocks_k
+    programs = tl.cdiv(blocks_k, PER_PROGRAM)
+    bh = pid // programs
     batch = (bh // heads_k).to(tl.int64)
     head = (bh % heads_k).to(tl.int64)
-    rows = block * BLOCK + offs_r
-    k = _load_rows(k_ptr + batch * stride_k_b + head * stride_k_h, rows, len_k, stride_k_s, D, D_PAD)
-    k = tl.where((rows < len_k)[:, None], k - tl.load(mean_ptr + bh * D_PAD + offs_d)[None, :], 0.0)
-    out_row = bh.to(tl.int64) * (blocks_k * BLOCK) + rows
-    peak = tl.maximum(tl.max(tl.max(tl.abs(k), 1), 0), FLOOR)
-    tl.store(k8_ptr + out_row[:, None] * D_PAD + offs_d[None, :], _round_to_int8(k * tl.div_rn(INT8, peak)))
-    tl.store(k_scale_ptr + bh * blocks_k + block, tl.div_rn(peak, INT8))
+    k_head = k_ptr + batch * stride_k_b + head * stride_k_h
+    v_head = v_ptr + batch * stride_v_b + head * stride_v_h
+    rotation = _hadamard(D_PAD).to(k_ptr.dtype.element_ty)
+    mean = tl.load(mean_ptr + bh * D_PAD + offs_d)
     if FP8:
-        # Rows are loaded in the order in which the score tile's columns lie in registers (`prepare.key_order`).
-        key = block * BLOCK + (offs_r // 16) * 16 + ((offs_r // 2) % 2) * 8 + ((offs_r // 4) % 4) * 2 + offs_r % 2
-        v = _load_rows(v_ptr + batch * stride_v_b + head * stride_v_h, key, len_k, stride_v_s, D, D_PAD)
         inverse = tl.div_rn(1.0, tl.load(v_scale_ptr + bh * D_PAD + offs_d))
-        v = tl.minimum(tl.maximum(v * inverse[None, :], -448.0), 448.0).to(tl.float8e4nv)
-        tile = v8_ptr + (bh.to(tl.int64) * blocks_k + block) * (BLOCK * D_PAD)
-        tl.store(tile + offs_d[:, None] * BLOCK + offs_r[None, :], tl.trans(v))
+    first = (pid % programs) * PER_PROGRAM
+    for block in range(first, tl.minimum(first + PER_PROGRAM, blocks_k)):
+        rows = block * BLOCK + offs_r
+        k = tl.dot(_load_rows(k_head, rows, len_k, stride_k_s, D, D_PAD), rotation, input_precision=PRECISION)
+        k = tl.where((rows < len_k)[:, None], k - mean[None, :], 0.0)
+        out_row = bh.to(tl.int64) * (blocks_k * BLOCK) + rows
+        peak = tl.maximum(tl.max(tl.max(tl.abs(k), 1), 0), FLOOR)
+        tl.store(k8_ptr + out_row[:, None] * D_PAD + offs_d[None, :], _round_to_int8(k, tl.div_rn(INT8, peak)))
+        tl.store(k_scale_ptr + bh * blocks_k + block, tl.div_rn(peak, INT8))
+        if FP8:
+            # Rows are loaded in the order in which the score tile's columns lie in registers (`prepare.key_order`).
+            key = block * BLOCK + (offs_r // 16) * 16 + ((offs_r // 2) % 2) * 8 + ((offs_r // 4) % 4) * 2 + offs_r % 2
+            v = _load_rows(v_head, key, len_k, stride_v_s, D, D_PAD).to(tl.float32)
+            v = tl.minimum(tl.maximum(v * inverse[None, :], -448.0), 448.0).to(tl.float8e4nv)
+            tile = v8_ptr + (bh.to(tl.int64) * blocks_k + block) * (BLOCK * D_PAD)
+            tl.store(tile + offs_d[:, None] * BLOCK + offs_r[None, :], tl.trans(v))
 
 
 @triton.jit(do_not_specialize=["len_q", "len_k", "rows_q", "blocks_k", "heads", "programs_q"])
@@ -143,17 +170,19 @@ def _sage_quantise_kernel(
     stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     len_q, len_k, rows_q, blocks_k, heads, programs_q, scale,
     GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
-    LOG2E: tl.constexpr, INT8: tl.constexpr, FLOOR: tl.constexpr, SCALE_FLOOR: tl.constexpr,
+    PER_PROGRAM: tl.constexpr, LOG2E: tl.constexpr, INT8: tl.constexpr, FLOOR: tl.constexpr, SCALE_FLOOR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """One block of 64 rows: the first `programs_q` programs take those of Q, the others those of K and V."""
+    """The first `programs_q` programs take the rows of Q, the others those of K and V."""
     pid = tl.program_id(0)
     if pid < programs_q:
         _quantise_queries(pid, q_ptr, mean_ptr, q8_ptr, q_scale_ptr, shift_ptr, stride_q_b, stride_q_s, stride_q_h,
-                          len_q, rows_q, heads, scale, GROUP, D, D_PAD, BLOCK, LOG2E, INT8, FLOOR, SCALE_FLOOR)
+                          len_q, rows_q, heads, scale, GROUP, D, D_PAD, BLOCK, PER_PROGRAM, LOG2E, INT8, FLOOR, SCALE_FLOOR,
+                          PRECISION)
     else:
         _quantise_keys(pid - programs_q, k_ptr, v_ptr, mean_ptr, v_scale_ptr, k8_ptr, v8_ptr, k_scale_ptr,
                        stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h, len_k, blocks_k, heads // GROUP,
-                       D, D_PAD, FP8, BLOCK, INT8, FLOOR)
+                       D, D_PAD, FP8, BLOCK, PER_PROGRAM, INT8, FLOOR, PRECISION)
 
 
 @triton.jit(do_not_specialize=["width", "blocks_k", "tiles", "heads", "stride_b", "stride_h", "stride_q"])
@@ -188,7 +217,7 @@ def launch_list_scales(blocks, k_scale, heads: int):
     return out
 
 
-def launch_quantise(q, k, v, *, softmax_scale: float, fp8_values: bool, warps: int = 4) -> QuantisedTensors:
+def launch_quantise(q, k, v, *, softmax_scale: float, fp8_values: bool, warps: int = 4, per_program: int = PER_PROGRAM) -> QuantisedTensors:
     """Quantise q [B, S_q, H, D] and k, v [B, S_k, H_kv, D], any strides with D contiguous; see `prepare.quantise`."""
     batch, len_q, heads, head_dim = q.shape
     len_k, heads_k = k.shape[1], k.shape[2]
@@ -212,11 +241,14 @@ def launch_quantise(q, k, v, *, softmax_scale: float, fp8_values: bool, warps: i
     _sage_fold_kernel[(batch * heads_k,)](
         sums, peaks, mean, v_scale, len_k, SPLITS=SPLITS, D_PAD=d_pad, FP8=fp8_values, FLOOR=VALUE_FLOOR, E4M3=E4M3_MAX,
     )
-    programs_q = batch * heads * (rows_q // KEY_BLOCK)
-    _sage_quantise_kernel[(programs_q + batch * heads_k * blocks_k,)](
+    programs_q = batch * heads * triton.cdiv(rows_q // KEY_BLOCK, per_program)
+    programs_k = batch * heads_k * triton.cdiv(blocks_k, per_program)
+    _sage_quantise_kernel[(programs_q + programs_k,)](
         q, k, v, mean, v_scale, q8, k8, k8 if v8 is None else v8, q_scale, k_scale, shift,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], len_q, len_k, rows_q, blocks_k, heads, programs_q, softmax_scale,
-        GROUP=heads // heads_k, D=head_dim, D_PAD=d_pad, FP8=fp8_values, BLOCK=KEY_BLOCK,
-        LOG2E=LOG2_E, INT8=INT8_MAX, FLOOR=SCORE_FLOOR, SCALE_FLOOR=SCALE_FLOOR, num_warps=warps,
+        GROUP=heads // heads_k, D=head_dim, D_PAD=d_pad, FP8=fp8_values, BLOCK=KEY_BLOCK, PER_PROGRAM=per_program,
+        LOG2E=LOG2_E, INT8=INT8_MAX, FLOOR=SCORE_FLOOR, SCALE_FLOOR=SCALE_FLOOR,
+        # Products of half types with 1 and -1 are exact.
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=warps,
     )
     return QuantisedTensors(q8, q_scale, k8, k_scale, v8, v_scale if fp8_values else None, shift)
