@@ -68,8 +68,10 @@ def sage_attention(
     _check(q, k, v)
     _check_options(q, k, causal, index, pv, engine)
     refuse_gradients("sage_attention", q, k, v)
-    blocks, counts = (None, None) if index is None else (index.blocks, index.counts)
-    out, lse = torch.ops.attnmux_sage.forward(q, k, v, blocks, counts, scale, causal, pv or "", return_lse, engine or "")
+    blocks, counts, even_rows = (None, None, True) if index is None else (index.blocks, index.counts, index.even_rows)
+    out, lse = torch.ops.attnmux_sage.forward(
+        q, k, v, blocks, counts, even_rows, scale, causal, pv or "", return_lse, engine or ""
+    )
     return (out, lse) if return_lse else out
 
 
@@ -83,6 +85,7 @@ def emulate(
     blocks: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
     pv: str = "fp8",
+    keys_per_step: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what the kernels compute, step by step in plain PyTorch, for checked arguments; also for float64 tensors.
 
@@ -95,12 +98,16 @@ def emulate(
         blocks: int32 `[B or 1, H or 1, N_q, K]`, the lists; None = all keys.
         counts: int32 `[B or 1, H or 1, N_q]`, entries of each list; None with `blocks`.
         pv: "fp8" or "bf16".
+        keys_per_step: 128, as in the Hopper engine, or 64, as in the Triton engine: weights are rounded against the running
+            maximum, which moves once a step.
 
     Returns:
         `[B, S_q, H, D]` in the dtype of v, and the LSE `[B, H, S_q]`, float32.
     """
     quantised = quantise(q, k, v, softmax_scale=softmax_scale, fp8_values=pv == "fp8")
-    return reference.attend(quantised, v, len_q=q.shape[1], blocks=blocks, counts=counts, causal=causal)
+    return reference.attend(
+        quantised, v, len_q=q.shape[1], blocks=blocks, counts=counts, causal=causal, keys_per_step=keys_per_step
+    )
 
 
 def refuse_gradients(what: str, *tensors: torch.Tensor | None) -> None:
@@ -196,6 +203,7 @@ def _forward_op(
     v: torch.Tensor,
     blocks: torch.Tensor | None,
     counts: torch.Tensor | None,
+    even_rows: bool,
     softmax_scale: float,
     causal: bool,
     pv: str,
@@ -215,7 +223,7 @@ def _forward_op(
     from attnmux_sage.kernels import launch
 
     result: tuple[torch.Tensor, torch.Tensor] = launch.attention_forward(
-        chosen, q, k, v, blocks, counts, softmax_scale=softmax_scale, causal=causal, pv=pv
+        chosen, q, k, v, blocks, counts, even_rows=even_rows, softmax_scale=softmax_scale, causal=causal, pv=pv
     )
     return result
 

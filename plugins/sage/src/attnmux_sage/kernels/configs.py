@@ -27,6 +27,18 @@ class HopperConfig:
     is_persistent: bool = True
 
 
+@dataclass(frozen=True)
+class QuantiseConfig:
+    """The pass that writes the 8-bit tensors: blocks of 64 rows per program (it makes the rotation once), warps and stages."""
+
+    blocks: int
+    warps: int
+    stages: int
+
+
+QUANTISE = QuantiseConfig(4, 4, 2)
+
+
 def triton_config(fp8: bool) -> TritonConfig:
     """The row for e4m3 or half-precision P V."""
     return TritonConfig(64, 4, 3) if fp8 else TritonConfig(128, 8, 3)
@@ -34,7 +46,7 @@ def triton_config(fp8: bool) -> TritonConfig:
 
 def hopper_config(fp8: bool) -> HopperConfig:
     """The row for e4m3 or half-precision P V."""
-    return HopperConfig(4, 2) if fp8 else HopperConfig(3, 1, query_registers=True)
+    return HopperConfig(4, 2) if fp8 else HopperConfig(2, 2)
 
 
 # Fastest first, wherever it is supported.

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attnmux_sage.kernels.configs import QUANTISE, QuantiseConfig
 from attnmux_sage.prepare import (
     E4M3_MAX,
     INT8_MAX,
@@ -24,8 +25,6 @@ from attnmux_sage.prepare import (
 )
 
 SPLITS = 32
-# Blocks of 64 rows per program, for which the rotation is made once.
-PER_PROGRAM = 4
 
 
 @triton.jit
@@ -217,7 +216,9 @@ def launch_list_scales(blocks, k_scale, heads: int):
     return out
 
 
-def launch_quantise(q, k, v, *, softmax_scale: float, fp8_values: bool, warps: int = 4, per_program: int = PER_PROGRAM) -> QuantisedTensors:
+def launch_quantise(
+    q, k, v, *, softmax_scale: float, fp8_values: bool, config: QuantiseConfig = QUANTISE
+) -> QuantisedTensors:
     """Quantise q [B, S_q, H, D] and k, v [B, S_k, H_kv, D], any strides with D contiguous; see `prepare.quantise`."""
     batch, len_q, heads, head_dim = q.shape
     len_k, heads_k = k.shape[1], k.shape[2]
@@ -241,14 +242,15 @@ def launch_quantise(q, k, v, *, softmax_scale: float, fp8_values: bool, warps: i
     _sage_fold_kernel[(batch * heads_k,)](
         sums, peaks, mean, v_scale, len_k, SPLITS=SPLITS, D_PAD=d_pad, FP8=fp8_values, FLOOR=VALUE_FLOOR, E4M3=E4M3_MAX,
     )
-    programs_q = batch * heads * triton.cdiv(rows_q // KEY_BLOCK, per_program)
-    programs_k = batch * heads_k * triton.cdiv(blocks_k, per_program)
+    programs_q = batch * heads * triton.cdiv(rows_q // KEY_BLOCK, config.blocks)
+    programs_k = batch * heads_k * triton.cdiv(blocks_k, config.blocks)
     _sage_quantise_kernel[(programs_q + programs_k,)](
         q, k, v, mean, v_scale, q8, k8, k8 if v8 is None else v8, q_scale, k_scale, shift,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], len_q, len_k, rows_q, blocks_k, heads, programs_q, softmax_scale,
-        GROUP=heads // heads_k, D=head_dim, D_PAD=d_pad, FP8=fp8_values, BLOCK=KEY_BLOCK, PER_PROGRAM=per_program,
+        GROUP=heads // heads_k, D=head_dim, D_PAD=d_pad, FP8=fp8_values, BLOCK=KEY_BLOCK, PER_PROGRAM=config.blocks,
         LOG2E=LOG2_E, INT8=INT8_MAX, FLOOR=SCORE_FLOOR, SCALE_FLOOR=SCALE_FLOOR,
         # Products of half types with 1 and -1 are exact.
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=warps,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=config.warps,
+        num_stages=config.stages,
     )
     return QuantisedTensors(q8, q_scale, k8, k_scale, v8, v_scale if fp8_values else None, shift)
