@@ -72,7 +72,9 @@ def assert_like_emulation(out, lse, wanted, wanted_lse):
     is_empty = wanted_lse == float("-inf")
     assert torch.equal(is_empty, lse == float("-inf"))
     assert lse[~is_empty].isfinite().all()
-    assert (lse - wanted_lse).masked_fill(is_empty, 0.0).abs().max() < 1e-3 * max(1.0, wanted_lse[~is_empty].abs().max().item())
+    assert (lse - wanted_lse).masked_fill(is_empty, 0.0).abs().max() < 1e-3 * max(
+        1.0, wanted_lse[~is_empty].abs().max().item()
+    )
 
 
 def assert_same_tensors(found, wanted):

@@ -84,11 +84,17 @@ class SageSLAAttentionConformance(SLAAttentionConformance):
         assert impl.proj_l is not None
         pv = impl.pv or default_pv(q)
 
-        def attend(
-            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: BlockIndex, scale: float
-        ) -> torch.Tensor:
-            lists = {"blocks": index.blocks, "counts": index.counts}
-            return emulate(q, k, v, softmax_scale=scale, pv=pv, keys_per_step=keys_per_step(q.device, False), **lists)[0]
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: BlockIndex, scale: float) -> torch.Tensor:
+            return emulate(
+                q,
+                k,
+                v,
+                softmax_scale=scale,
+                blocks=index.blocks,
+                counts=index.counts,
+                pv=pv,
+                keys_per_step=keys_per_step(q.device, causal=False),
+            )[0]
 
         return sparse_linear_attention(
             q,

@@ -110,7 +110,8 @@ def quantise(
     q8 = _round_to_int8(q_, (INT8_MAX * sign / largest)[..., None])
     q_scale = (largest * (abs(softmax_scale) * LOG2_E / (INT8_MAX * d_pad))).clamp_min(SCALE_FLOOR)
 
-    k_ = pad(k_, (0, 0, 0, -len_k % KEY_BLOCK)).unflatten(2, (-1, KEY_BLOCK))
+    k_ = pad(k_, (0, 0, 0, -len_k % KEY_BLOCK))
+    k_ = k_.view(*k_.shape[:2], -1, KEY_BLOCK, d_pad)
     largest = k_.abs().amax((-1, -2)).clamp_min(SCORE_FLOOR)
     k8 = _round_to_int8(k_, (INT8_MAX / largest)[..., None, None]).flatten(2, 3)
     k_scale = largest / INT8_MAX
@@ -121,7 +122,8 @@ def quantise(
         largest = v_.abs().amax(2).clamp_min(VALUE_FLOOR)
         v_scale = (largest / E4M3_MAX).contiguous()
         v_ = (v_ * v_scale.reciprocal()[:, :, None]).clamp(-E4M3_MAX, E4M3_MAX)
-        tiles = v_.to(torch.float8_e4m3fn).float().unflatten(2, (-1, KEY_BLOCK))[:, :, :, key_order(v.device)]
+        tiles = v_.to(torch.float8_e4m3fn).float().view(*v_.shape[:2], -1, KEY_BLOCK, d_pad)
+        tiles = tiles[:, :, :, key_order(v.device)]
         v8 = tiles.transpose(-1, -2).to(torch.float8_e4m3fn).contiguous()
     tensors = (q8, q_scale, k8, k_scale, v8, v_scale, lse_shift)
     return QuantisedTensors(*(None if x is None else x.contiguous() for x in tensors))  # type: ignore[arg-type]

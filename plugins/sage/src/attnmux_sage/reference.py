@@ -53,7 +53,9 @@ def attend(
     if is_fp8:
         values = dequantise_values(quantised)
     else:
-        values = torch.nn.functional.pad(v.transpose(1, 2), (0, d_pad - head_dim, 0, num_blocks * KEY_BLOCK - len_k)).float()
+        values = torch.nn.functional.pad(
+            v.transpose(1, 2), (0, d_pad - head_dim, 0, num_blocks * KEY_BLOCK - len_k)
+        ).float()
     shift = P_SHIFT if is_fp8 else 0.0
 
     q = quantised.q8.float().view(batch, heads, tiles, QUERY_TILE, d_pad)

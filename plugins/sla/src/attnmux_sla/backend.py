@@ -153,8 +153,8 @@ class SLAAttentionImpl(AttentionImpl[SLAAttentionMetadata], nn.Module):
         )
         if causal:
             raise UnsupportedRequestError(
-                f"{self.backend_name} cannot run causal=True: every token of a kept block is attended, and the linear branch sums over "
-                "all keys; use TORCH_SDPA or FLASH_ATTN for a causal layer"
+                f"{self.backend_name} cannot run causal=True: every token of a kept block is attended, and the linear "
+                "branch sums over all keys; use TORCH_SDPA or FLASH_ATTN for a causal layer"
             )
         if head_size % 16 or not 16 <= head_size <= 256:
             raise UnsupportedRequestError(

@@ -127,9 +127,10 @@ def sparse_linear_attention(
             order = order_of_scale(scale)
             blocks = select_top_blocks(pooled_q, pooled_k, kept, protected=protected, order=order)
         index = _index(blocks, k.shape[1], block_q, block_k)
+        out: torch.Tensor
         if is_fused and sparse_attention is not None:
             sparse = sparse_attention(q, k, v, index, scale)
-            out: torch.Tensor = torch.ops.attnmux_sla.add_linear_branch(
+            out = torch.ops.attnmux_sla.add_linear_branch(
                 q, sparse, state, mass, proj_weight, proj_bias, feature_map, chosen
             )
             return out

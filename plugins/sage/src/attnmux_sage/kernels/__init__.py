@@ -14,8 +14,8 @@ from attnmux.errors import UnsupportedRequestError
 from attnmux.spec import Reason
 from attnmux_blocksparse.kernels.arguments import tma_reason
 from attnmux_sage.kernels.configs import AUTOMATIC_ORDER
+from attnmux_sage.kernels.device import device_capability
 from attnmux_sage.kernels.official import official_reasons
-from attnmux_sage.prepare import HEAD_SIZES
 
 __all__ = ["ENGINES", "HALF_TYPES", "PV_TYPES", "KernelRequest", "choose_engine", "default_pv", "is_supported"]
 
@@ -43,13 +43,6 @@ class KernelRequest:
     has_lists: bool = False
     needs_lse: bool = False
     softmax_scale: float = 1.0
-
-
-def device_capability(x: torch.Tensor) -> tuple[int, int] | None:
-    """Compute capability of the NVIDIA card that x is on; None elsewhere."""
-    if not x.is_cuda or torch.version.hip is not None:
-        return None
-    return torch.cuda.get_device_capability(x.device)
 
 
 def default_pv(q: torch.Tensor) -> str:

@@ -10,6 +10,7 @@ reaches beyond the sequence comes first, and so do those that a causal mask cuts
 import triton
 import triton.language as tl
 
+from attnmux_blocksparse.kernels.arguments import broadcast_strides
 from attnmux_sage.kernels.configs import triton_config
 from attnmux_sage.prepare import KEY_BLOCK, QUERY_TILE, QuantisedTensors
 
@@ -114,8 +115,7 @@ def launch_triton_forward(
     tiles = triton.cdiv(len_q, config.tile_m)
     strides = (0,) * 5
     if blocks is not None:
-        strides = tuple(0 if x.shape[i] == 1 else x.stride(i) for x, i in ((blocks, 0), (blocks, 1)))
-        strides += (blocks.stride(2),) + tuple(0 if counts.shape[i] == 1 else counts.stride(i) for i in range(2))
+        strides = (*broadcast_strides(blocks), blocks.stride(2), *broadcast_strides(counts))
     return _sage_fwd_kernel[(batch * heads * tiles,)](
         quantised.q8, quantised.q_scale, quantised.k8, quantised.k_scale, quantised.v8 if fp8 else v,
         quantised.v_scale if fp8 else quantised.k_scale, quantised.lse_shift, out, lse,

@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from attnmux_blocksparse.kernels.arguments import broadcast_strides
 from attnmux_sage.kernels.configs import HopperConfig, hopper_config
 from attnmux_sage.kernels.quantise import launch_list_scales
 from attnmux_sage.prepare import QuantisedTensors
@@ -582,8 +583,7 @@ def launch_hopper_forward(
     strides, scales, width = (0,) * 5, quantised.k_scale, 0
     if blocks is not None:
         scales, width = launch_list_scales(blocks, quantised.k_scale, heads), blocks.shape[3]
-        strides = tuple(0 if blocks.shape[i] == 1 else blocks.stride(i) for i in range(2)) + (blocks.stride(2),)
-        strides += tuple(0 if counts.shape[i] == 1 else counts.stride(i) for i in range(2))
+        strides = (*broadcast_strides(blocks), blocks.stride(2), *broadcast_strides(counts))
     len_k = v.shape[1]
     return _sage_hopper_fwd_kernel[(programs,)](
         _rows_descriptor(quantised.q8, 64), _rows_descriptor(quantised.k8, 64),

@@ -8,7 +8,9 @@ from attnmux_sage.kernels.forward import launch_triton_forward
 from attnmux_sage.kernels.quantise import launch_quantise
 
 
-def attention_forward(engine: str, q, k, v, blocks, counts, *, even_rows: bool, softmax_scale: float, causal: bool, pv: str):
+def attention_forward(
+    engine: str, q, k, v, blocks, counts, *, even_rows: bool, softmax_scale: float, causal: bool, pv: str
+):
     """The output [B, S_q, H, D] in the type of q and the log-sum-exp [B, H, S_q] in float32, both contiguous."""
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], device=q.device, dtype=torch.float32)

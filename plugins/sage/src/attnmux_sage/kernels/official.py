@@ -17,6 +17,7 @@ import torch
 
 from attnmux.spec import Reason
 from attnmux_blocksparse.prepare import mask_from_lists
+from attnmux_sage.kernels.device import device_capability
 from attnmux_sage.prepare import KEY_BLOCK, QUERY_TILE
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def official_reasons(request: KernelRequest) -> list[Reason]:
     package = SPARSE if request.has_lists else DENSE
     reasons = _package_reasons(package)
     q, k = request.q, request.k
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda and torch.version.hip is None else None
+    capability = device_capability(q)
     if capability is None:
         reasons.append(
             Reason("device", f"q is on {q.device.type!r}; an NVIDIA GPU is needed", "use engine='reference'")
@@ -48,7 +49,9 @@ def official_reasons(request: KernelRequest) -> list[Reason]:
         why = "; its blocks are 64 x 128 there" if package == SPARSE and capability == (9, 0) else ""
         supported = ", ".join(map(str, ARCHITECTURES[package]))
         reasons.append(
-            Reason("architecture", f"compute capability {capability}{why}; supported: {supported}", "use engine='triton'")
+            Reason(
+                "architecture", f"compute capability {capability}{why}; supported: {supported}", "use engine='triton'"
+            )
         )
     if q.dtype not in (torch.bfloat16, torch.float16):
         reasons.append(Reason("dtype", f"q is {q.dtype}; supported: bfloat16, float16", "cast"))
@@ -130,8 +133,9 @@ def _check(package: str, device: torch.device) -> str:
         return f"{package} raised {type(error).__name__}: {error}"
     if not all(map(torch.equal, before, (q, k, v))):
         return f"{package} changes its inputs"
-    rows = (x.float().transpose(1, 2) for x in (q, k, v))
-    exact = torch.nn.functional.scaled_dot_product_attention(*rows, attn_mask=visible, scale=0.2).transpose(1, 2)
+    rows = [x.float().transpose(1, 2) for x in (q, k, v)]
+    scores = (rows[0] @ rows[1].transpose(-1, -2) * 0.2).masked_fill(~visible, float("-inf"))
+    exact = (scores.softmax(-1) @ rows[2]).transpose(1, 2)
     error_found = ((out.float() - exact).norm() / exact.norm()).item()
     # NaN fails too
     if not error_found <= ERROR_ALLOWED:
@@ -153,9 +157,7 @@ def run_official(
     with torch.cuda.device_of(q):
         if blocks is None or counts is None:
             attend = importlib.import_module(DENSE).sageattn
-            out, lse = attend(
-                q, k, v, tensor_layout="NHD", is_causal=causal, sm_scale=softmax_scale, return_lse=True
-            )
+            out, lse = attend(q, k, v, tensor_layout="NHD", is_causal=causal, sm_scale=softmax_scale, return_lse=True)
             return out.to(q.dtype).contiguous(), lse.float().contiguous()
         attend = importlib.import_module(SPARSE).block_sparse_sage2_attn_cuda
         mask = mask_from_lists(blocks, counts, -(-k.shape[1] // KEY_BLOCK))

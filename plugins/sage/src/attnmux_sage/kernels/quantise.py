@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attnmux_blocksparse.kernels.arguments import broadcast_strides
 from attnmux_sage.kernels.configs import QUANTISE, QuantiseConfig
 from attnmux_sage.prepare import (
     E4M3_MAX,
@@ -209,7 +210,7 @@ def launch_list_scales(blocks, k_scale, heads: int):
     batch, heads_k, blocks_k = k_scale.shape
     tiles, width = blocks.shape[2:]
     out = torch.empty(batch, heads, tiles, width, device=blocks.device, dtype=torch.float32)
-    strides = [0 if blocks.shape[i] == 1 else blocks.stride(i) for i in range(2)] + [blocks.stride(2)]
+    strides = (*broadcast_strides(blocks), blocks.stride(2))
     _sage_list_scales_kernel[(batch * heads * tiles,)](
         blocks, k_scale, out, *strides, width, blocks_k, tiles, heads, GROUP=heads // heads_k, BLOCK=128, num_warps=1
     )
