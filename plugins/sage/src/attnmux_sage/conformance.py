@@ -25,12 +25,6 @@ __all__ = ["SageAttentionConformance", "SageSLAAttentionConformance"]
 NO_LIMIT = "eight bits are eight bits: no arguments make it dense attention; tests hold its accuracy to figures instead"
 
 
-def keys_per_step(device: torch.device, causal: bool) -> int:
-    """Keys after which the engine that serves a call takes a new maximum, against which weights are rounded."""
-    is_triton = device.type == "cuda" and (causal or torch.cuda.get_device_capability(device)[0] != 9)
-    return 64 if is_triton else 128
-
-
 class SageAttentionConformance(BackendConformance):
     """Holds SAGE_ATTN to the emulation of its arithmetic, on the float64 copies of the inputs."""
 
@@ -44,8 +38,7 @@ class SageAttentionConformance(BackendConformance):
     ) -> torch.Tensor:
         """Return the emulation, which computes in float32 and is exact where the kernels are."""
         scale, causal, pv = options["softmax_scale"], options["causal"], options["impl"].pv or default_pv(q)
-        step = keys_per_step(q.device, causal)
-        return emulate(q, k, v, softmax_scale=scale, causal=causal, pv=pv, keys_per_step=step)[0]
+        return emulate(q, k, v, softmax_scale=scale, causal=causal, pv=pv)[0]
 
     def oracle_lse(
         self, q: torch.Tensor, k: torch.Tensor, metadata: AttentionMetadata | None, **options: Any
@@ -93,7 +86,6 @@ class SageSLAAttentionConformance(SLAAttentionConformance):
                 blocks=index.blocks,
                 counts=index.counts,
                 pv=pv,
-                keys_per_step=keys_per_step(q.device, causal=False),
             )[0]
 
         return sparse_linear_attention(

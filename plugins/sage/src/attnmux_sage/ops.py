@@ -10,7 +10,7 @@ import torch
 from attnmux.errors import UnsupportedRequestError
 from attnmux_blocksparse.index import BlockIndex
 from attnmux_sage import reference
-from attnmux_sage.kernels import ENGINES, PV_TYPES, KernelRequest, choose_engine, default_pv
+from attnmux_sage.kernels import ENGINES, PV_TYPES, KernelRequest, choose_engine, default_pv, keys_per_step
 from attnmux_sage.prepare import HEAD_SIZES, KEY_BLOCK, QUERY_TILE, quantise
 
 __all__ = ["ENGINES", "PV_TYPES", "emulate", "refuse_gradients", "sage_attention"]
@@ -85,7 +85,6 @@ def emulate(
     blocks: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
     pv: str = "fp8",
-    keys_per_step: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what the kernels compute, step by step in plain PyTorch, for checked arguments; also for float64 tensors.
 
@@ -98,15 +97,14 @@ def emulate(
         blocks: int32 `[B or 1, H or 1, N_q, K]`, the lists; None = all keys.
         counts: int32 `[B or 1, H or 1, N_q]`, entries of each list; None with `blocks`.
         pv: "fp8" or "bf16".
-        keys_per_step: 128, as in the Hopper engine, or 64, as in the Triton engine: weights are rounded against the running
-            maximum, which moves once a step.
 
     Returns:
         `[B, S_q, H, D]` in the dtype of v, and the LSE `[B, H, S_q]`, float32.
     """
     quantised = quantise(q, k, v, softmax_scale=softmax_scale, fp8_values=pv == "fp8")
+    step = keys_per_step(q.device, causal)
     return reference.attend(
-        quantised, v, len_q=q.shape[1], blocks=blocks, counts=counts, causal=causal, keys_per_step=keys_per_step
+        quantised, v, len_q=q.shape[1], blocks=blocks, counts=counts, causal=causal, keys_per_step=step
     )
 
 

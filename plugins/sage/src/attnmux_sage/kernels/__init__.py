@@ -17,7 +17,16 @@ from attnmux_sage.kernels.configs import AUTOMATIC_ORDER
 from attnmux_sage.kernels.device import device_capability
 from attnmux_sage.kernels.official import official_reasons
 
-__all__ = ["ENGINES", "HALF_TYPES", "PV_TYPES", "KernelRequest", "choose_engine", "default_pv", "is_supported"]
+__all__ = [
+    "ENGINES",
+    "HALF_TYPES",
+    "PV_TYPES",
+    "KernelRequest",
+    "choose_engine",
+    "default_pv",
+    "is_supported",
+    "keys_per_step",
+]
 
 ENGINES = ("reference", "triton", "hopper", "official")
 HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -49,6 +58,16 @@ def default_pv(q: torch.Tensor) -> str:
     """In what P V is computed where nobody says: e4m3, on cards without it the type of v."""
     capability = device_capability(q)
     return "bf16" if capability is not None and capability < FP8_MINIMUM else "fp8"
+
+
+def keys_per_step(device: torch.device, causal: bool) -> int:
+    """Keys between two looks at the maximum against which weights are rounded: as the engine of half types has it there.
+
+    The reference takes as many, so that on one device all engines but `official` round alike.
+    """
+    if causal or (device.type == "cuda" and torch.cuda.get_device_capability(device)[0] != 9):
+        return 64
+    return 128
 
 
 def reference_reasons(request: KernelRequest) -> list[Reason]:

@@ -19,21 +19,21 @@ LN_2 = 0.6931471805599453
 P_SHIFT = 8.807354922057604
 
 
-@triton.jit(do_not_specialize=["len_q", "len_k", "rows_q", "blocks_k", "heads", "tiles", "stride_list_b", "stride_list_h",
+@triton.jit(do_not_specialize=["len_q", "len_k", "rows_q", "blocks_k", "heads", "group", "tiles", "stride_list_b", "stride_list_h",
                                "stride_list_q", "stride_count_b", "stride_count_h"])
 def _sage_fwd_kernel(
     q8_ptr, q_scale_ptr, k8_ptr, k_scale_ptr, v_ptr, v_scale_ptr, shift_ptr, out_ptr, lse_ptr, list_ptr, count_ptr,
     stride_v_b, stride_v_s, stride_v_h, stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
-    len_q, len_k, rows_q, blocks_k, heads, tiles,
-    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, FP8: tl.constexpr, CAUSAL: tl.constexpr, LISTS: tl.constexpr,
+    len_q, len_k, rows_q, blocks_k, heads, group, tiles,
+    D: tl.constexpr, D_PAD: tl.constexpr, FP8: tl.constexpr, CAUSAL: tl.constexpr, LISTS: tl.constexpr,
     TILE_M: tl.constexpr, TILE_Q: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SHIFT: tl.constexpr, LN2: tl.constexpr,
 ):
     pid = tl.program_id(0)
     bh = pid // tiles
     batch = (bh // heads).to(tl.int64)
     head = bh % heads
-    head_k = head // GROUP
-    bh_k = batch * (heads // GROUP) + head_k
+    head_k = head // group
+    bh_k = batch * (heads // group) + head_k
     row = (pid % tiles) * TILE_M
     offs_m = row + tl.arange(0, TILE_M)
     offs_n = tl.arange(0, BLOCK)
@@ -120,8 +120,8 @@ def launch_triton_forward(
         quantised.q8, quantised.q_scale, quantised.k8, quantised.k_scale, quantised.v8 if fp8 else v,
         quantised.v_scale if fp8 else quantised.k_scale, quantised.lse_shift, out, lse,
         quantised.k_scale if blocks is None else blocks, quantised.k_scale if counts is None else counts,
-        *v.stride()[:3], *strides, len_q, v.shape[1], quantised.q8.shape[2], blocks_k, heads, tiles,
-        GROUP=heads // heads_k, D=head_dim, D_PAD=quantised.q8.shape[3], FP8=fp8, CAUSAL=causal, LISTS=blocks is not None,
+        *v.stride()[:3], *strides, len_q, v.shape[1], quantised.q8.shape[2], blocks_k, heads, heads // heads_k, tiles,
+        D=head_dim, D_PAD=quantised.q8.shape[3], FP8=fp8, CAUSAL=causal, LISTS=blocks is not None,
         TILE_M=config.tile_m, TILE_Q=QUERY_TILE, BLOCK=KEY_BLOCK, STAGES=config.stages, SHIFT=P_SHIFT if fp8 else 0.0, LN2=LN_2,
         num_warps=config.warps,
     )

@@ -39,12 +39,12 @@ CONSUMER_REGISTERS = 240
 
 
 @gluon.jit
-def _place(tile, tiles, heads, GROUP: gl.constexpr):
+def _place(tile, tiles, heads, group):
     """Batch, head, key head's number over all batches, and position within the head of a tile."""
     bh = tile // tiles
     batch = bh // heads
     head = bh % heads
-    return batch, head, batch * (heads // GROUP) + head // GROUP, tile % tiles
+    return batch, head, batch * (heads // group) + head // group, tile % tiles
 
 
 @gluon.jit
@@ -96,8 +96,8 @@ def _load_values(v_desc, bar, buf, base, batch, head_k, bh_k, blocks_k, a, b, D:
 @gluon.jit
 def _producer(
     q_desc, k_desc, v_desc, list_ptr, count_ptr, q_buf, k_buf, v_buf, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h, n_tiles, tiles, heads, blocks_k,
-    GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, FP8: gl.constexpr, LISTS: gl.constexpr,
+    stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h, n_tiles, tiles, heads, group, blocks_k,
+    D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, FP8: gl.constexpr, LISTS: gl.constexpr,
 ):
     PER_V: gl.constexpr = 2 if FP8 else 2 * (D // 64)
     ks = 0
@@ -107,8 +107,8 @@ def _producer(
     qs = 0
     qph = 1
     for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
-        batch, head, bh_k, place = _place(tile, tiles, heads, GROUP)
-        head_k = head // GROUP
+        batch, head, bh_k, place = _place(tile, tiles, heads, group)
+        head_k = head // group
         n = _kept(count_ptr, batch, head, place, stride_count_b, stride_count_h, blocks_k, LISTS)
         entries = _entries(list_ptr, batch, head, place, stride_list_b, stride_list_h, stride_list_q)
         stages = gl.maximum((n + 1) // 2, 1)
@@ -154,11 +154,9 @@ def _producer(
 
 
 @gluon.jit
-def _first_valid(entries, n, odd, blocks_k, tail, LISTS: gl.constexpr, MASK_K: gl.constexpr):
+def _first_valid(entries, n, odd, blocks_k, tail, LISTS: gl.constexpr):
     """Valid keys of the two halves of a tile's first stage; the second is empty if the number of blocks is odd."""
-    valid_a = 64 + 0 * n
-    if MASK_K:
-        valid_a = gl.where(_block(entries, 0, n, LISTS) == blocks_k - 1, tail, 64)
+    valid_a = gl.where(_block(entries, 0, n, LISTS) == blocks_k - 1, tail, 64)
     valid_a = gl.where(n == 0, 0, valid_a)
     return valid_a, gl.where(odd > 0, 0, 64)
 
@@ -289,9 +287,9 @@ def _consumer(
     o_desc, v_scale_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr, q_buf, k_buf, v_buf, o_buf,
     q_full, q_empty, k_full, k_empty, v_full, v_empty,
     stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
-    n_tiles, tiles, heads, blocks_k, width, len_q, tail,
-    GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, QREG: gl.constexpr, FP8: gl.constexpr,
-    LISTS: gl.constexpr, MASK_K: gl.constexpr, WG: gl.constexpr,
+    n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
+    D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, QREG: gl.constexpr, FP8: gl.constexpr,
+    LISTS: gl.constexpr, WG: gl.constexpr,
 ):
     DTYPE: gl.constexpr = o_desc.dtype
     SHIFT: gl.constexpr = 8.807354922057604 if FP8 else 0.0
@@ -327,12 +325,12 @@ def _consumer(
     qph = 0
 
     # First stage of the first tile.
-    batch, head, bh_k, place = _place(first, tiles, heads, GROUP)
+    batch, head, bh_k, place = _place(first, tiles, heads, group)
     n = _kept(count_ptr, batch, head, place, stride_count_b, stride_count_h, blocks_k, LISTS)
     entries = _entries(list_ptr, batch, head, place, stride_list_b, stride_list_h, stride_list_q)
     stages = gl.maximum((n + 1) // 2, 1)
     odd = stages * 2 - n
-    valid_a, valid_b = _first_valid(entries, n, odd, blocks_k, tail, LISTS, MASK_K)
+    valid_a, valid_b = _first_valid(entries, n, odd, blocks_k, tail, LISTS)
     q_scale = gl.load(q_scale_ptr + first.to(gl.int64) * 128 + rows)
     if LISTS:
         scales = scale_ptr + first.to(gl.int64) * width
@@ -362,15 +360,15 @@ def _consumer(
 
     for tile in range(first, n_tiles, step):
         # Here m, l, pb belong to stage 0 of this tile, and its stage 1 of K has arrived.
-        batch, head, bh_k, place = _place(tile, tiles, heads, GROUP)
+        batch, head, bh_k, place = _place(tile, tiles, heads, group)
         more = tile + step < n_tiles
         next_tile = gl.minimum(tile + step, n_tiles - 1)
-        next_batch, next_head, next_bh_k, next_place = _place(next_tile, tiles, heads, GROUP)
+        next_batch, next_head, next_bh_k, next_place = _place(next_tile, tiles, heads, group)
         next_n = _kept(count_ptr, next_batch, next_head, next_place, stride_count_b, stride_count_h, blocks_k, LISTS)
         next_entries = _entries(list_ptr, next_batch, next_head, next_place, stride_list_b, stride_list_h, stride_list_q)
         next_stages = gl.maximum((next_n + 1) // 2, 1)
         next_odd = next_stages * 2 - next_n
-        next_valid_a, next_valid_b = _first_valid(next_entries, next_n, next_odd, blocks_k, tail, LISTS, MASK_K)
+        next_valid_a, next_valid_b = _first_valid(next_entries, next_n, next_odd, blocks_k, tail, LISTS)
         next_q_scale = gl.load(q_scale_ptr + next_tile.to(gl.int64) * 128 + rows)
         if LISTS:
             next_scales = scale_ptr + next_tile.to(gl.int64) * width
@@ -497,13 +495,13 @@ def _consumer(
 
 
 @gluon.jit(do_not_specialize=["stride_list_b", "stride_list_h", "stride_list_q", "stride_count_b", "stride_count_h",
-                              "n_tiles", "tiles", "heads", "blocks_k", "width", "len_q", "tail"])
+                              "n_tiles", "tiles", "heads", "group", "blocks_k", "width", "len_q", "tail"])
 def _sage_hopper_fwd_kernel(
     q_desc, k_desc, v_desc, o_desc, v_scale_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
     stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
-    n_tiles, tiles, heads, blocks_k, width, len_q, tail,
-    GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, QREG: gl.constexpr, FP8: gl.constexpr,
-    LISTS: gl.constexpr, MASK_K: gl.constexpr, CREGS: gl.constexpr, num_warps: gl.constexpr,
+    n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
+    D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, QREG: gl.constexpr, FP8: gl.constexpr,
+    LISTS: gl.constexpr, CREGS: gl.constexpr, num_warps: gl.constexpr,
 ):
     BL: gl.constexpr = mbarrier.MBarrierLayout()
     KSH: gl.constexpr = gl.NVMMASharedLayout(D, 8, 2)
@@ -533,17 +531,17 @@ def _sage_hopper_fwd_kernel(
         (_consumer, (o_desc, v_scale_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
                      q_buf, k_buf, v_buf, o_buf, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                      stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
-                     n_tiles, tiles, heads, blocks_k, width, len_q, tail,
-                     GROUP, D, STAGES, QBUF, QREG, FP8, LISTS, MASK_K, 0)),
+                     n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
+                     D, STAGES, QBUF, QREG, FP8, LISTS, 0)),
         (_consumer, (o_desc, v_scale_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
                      q_buf, k_buf, v_buf, o_buf, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                      stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
-                     n_tiles, tiles, heads, blocks_k, width, len_q, tail,
-                     GROUP, D, STAGES, QBUF, QREG, FP8, LISTS, MASK_K, 1)),
+                     n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
+                     D, STAGES, QBUF, QREG, FP8, LISTS, 1)),
         (_producer, (q_desc, k_desc, v_desc, list_ptr, count_ptr, q_buf, k_buf, v_buf,
                      q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                     stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h, n_tiles, tiles, heads, blocks_k,
-                     GROUP, D, STAGES, QBUF, FP8, LISTS)),
+                     stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h, n_tiles, tiles, heads, group, blocks_k,
+                     D, STAGES, QBUF, FP8, LISTS)),
     ], [4, 1], [CREGS, 24])
 
 
@@ -590,7 +588,7 @@ def launch_hopper_forward(
         _rows_descriptor(quantised.v8, d_pad) if fp8 else _half_descriptor(v, 64), _half_descriptor(out, d_pad),
         quantised.v_scale if fp8 else quantised.k_scale, quantised.q_scale, scales, quantised.lse_shift, lse,
         quantised.q_scale if blocks is None else blocks, quantised.q_scale if counts is None else counts,
-        *strides, n_tiles, tiles, heads, blocks_k, width, len_q, len_k - (blocks_k - 1) * 64,
-        GROUP=heads // heads_k, D=d_pad, STAGES=config.stages, QBUF=config.query_buffers, QREG=config.query_registers,
-        FP8=fp8, LISTS=blocks is not None, MASK_K=len_k % 64 != 0, CREGS=CONSUMER_REGISTERS, num_warps=4,
+        *strides, n_tiles, tiles, heads, heads // heads_k, blocks_k, width, len_q, len_k - (blocks_k - 1) * 64,
+        D=d_pad, STAGES=config.stages, QBUF=config.query_buffers, QREG=config.query_registers,
+        FP8=fp8, LISTS=blocks is not None, CREGS=CONSUMER_REGISTERS, num_warps=4,
     )

@@ -99,8 +99,8 @@ def _round_to_int8(x, factor):
 
 @triton.jit
 def _quantise_queries(
-    pid, q_ptr, mean_ptr, q8_ptr, q_scale_ptr, shift_ptr, stride_b, stride_s, stride_h, len_q, rows_q, heads, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, PER_PROGRAM: tl.constexpr,
+    pid, q_ptr, mean_ptr, q8_ptr, q_scale_ptr, shift_ptr, stride_b, stride_s, stride_h, len_q, rows_q, heads, group, scale,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, PER_PROGRAM: tl.constexpr,
     LOG2E: tl.constexpr, INT8: tl.constexpr, FLOOR: tl.constexpr, SCALE_FLOOR: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """Up to PER_PROGRAM blocks of 64 query rows."""
@@ -112,7 +112,7 @@ def _quantise_queries(
     head = bh % heads
     q_head = q_ptr + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
     rotation = _hadamard(D_PAD).to(q_ptr.dtype.element_ty)
-    mean = tl.load(mean_ptr + (batch * (heads // GROUP) + head // GROUP) * D_PAD + offs_d)
+    mean = tl.load(mean_ptr + (batch * (heads // group) + head // group) * D_PAD + offs_d)
     sign = tl.where(scale < 0, -INT8, INT8)
     first = (pid % programs) * PER_PROGRAM
     for block in range(first, tl.minimum(first + PER_PROGRAM, blocks_q)):
@@ -164,12 +164,12 @@ def _quantise_keys(
             tl.store(tile + offs_d[:, None] * BLOCK + offs_r[None, :], tl.trans(v))
 
 
-@triton.jit(do_not_specialize=["len_q", "len_k", "rows_q", "blocks_k", "heads", "programs_q"])
+@triton.jit(do_not_specialize=["len_q", "len_k", "rows_q", "blocks_k", "heads", "group", "programs_q"])
 def _sage_quantise_kernel(
     q_ptr, k_ptr, v_ptr, mean_ptr, v_scale_ptr, q8_ptr, k8_ptr, v8_ptr, q_scale_ptr, k_scale_ptr, shift_ptr,
     stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
-    len_q, len_k, rows_q, blocks_k, heads, programs_q, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
+    len_q, len_k, rows_q, blocks_k, heads, group, programs_q, scale,
+    D: tl.constexpr, D_PAD: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr,
     PER_PROGRAM: tl.constexpr, LOG2E: tl.constexpr, INT8: tl.constexpr, FLOOR: tl.constexpr, SCALE_FLOOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -177,17 +177,17 @@ def _sage_quantise_kernel(
     pid = tl.program_id(0)
     if pid < programs_q:
         _quantise_queries(pid, q_ptr, mean_ptr, q8_ptr, q_scale_ptr, shift_ptr, stride_q_b, stride_q_s, stride_q_h,
-                          len_q, rows_q, heads, scale, GROUP, D, D_PAD, BLOCK, PER_PROGRAM, LOG2E, INT8, FLOOR, SCALE_FLOOR,
+                          len_q, rows_q, heads, group, scale, D, D_PAD, BLOCK, PER_PROGRAM, LOG2E, INT8, FLOOR, SCALE_FLOOR,
                           PRECISION)
     else:
         _quantise_keys(pid - programs_q, k_ptr, v_ptr, mean_ptr, v_scale_ptr, k8_ptr, v8_ptr, k_scale_ptr,
-                       stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h, len_k, blocks_k, heads // GROUP,
+                       stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h, len_k, blocks_k, heads // group,
                        D, D_PAD, FP8, BLOCK, PER_PROGRAM, INT8, FLOOR, PRECISION)
 
 
-@triton.jit(do_not_specialize=["width", "blocks_k", "tiles", "heads", "stride_b", "stride_h", "stride_q"])
+@triton.jit(do_not_specialize=["width", "blocks_k", "tiles", "heads", "group", "stride_b", "stride_h", "stride_q"])
 def _sage_list_scales_kernel(
-    list_ptr, k_scale_ptr, out_ptr, stride_b, stride_h, stride_q, width, blocks_k, tiles, heads, GROUP: tl.constexpr,
+    list_ptr, k_scale_ptr, out_ptr, stride_b, stride_h, stride_q, width, blocks_k, tiles, heads, group,
     BLOCK: tl.constexpr,
 ):
     """K scales in the order of the lists: [B, H, N_q, K]."""
@@ -196,7 +196,7 @@ def _sage_list_scales_kernel(
     batch = bh // heads
     head = bh % heads
     entries = list_ptr + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h + (row % tiles).to(tl.int64) * stride_q
-    scales = k_scale_ptr + (batch * (heads // GROUP) + head // GROUP) * blocks_k
+    scales = k_scale_ptr + (batch * (heads // group) + head // group) * blocks_k
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         block = tl.load(entries + at, mask=at < width, other=0)
@@ -212,7 +212,7 @@ def launch_list_scales(blocks, k_scale, heads: int):
     out = torch.empty(batch, heads, tiles, width, device=blocks.device, dtype=torch.float32)
     strides = (*broadcast_strides(blocks), blocks.stride(2))
     _sage_list_scales_kernel[(batch * heads * tiles,)](
-        blocks, k_scale, out, *strides, width, blocks_k, tiles, heads, GROUP=heads // heads_k, BLOCK=128, num_warps=1
+        blocks, k_scale, out, *strides, width, blocks_k, tiles, heads, heads // heads_k, BLOCK=128, num_warps=1
     )
     return out
 
@@ -247,8 +247,8 @@ def launch_quantise(
     programs_k = batch * heads_k * triton.cdiv(blocks_k, config.blocks)
     _sage_quantise_kernel[(programs_q + programs_k,)](
         q, k, v, mean, v_scale, q8, k8, k8 if v8 is None else v8, q_scale, k_scale, shift,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], len_q, len_k, rows_q, blocks_k, heads, programs_q, softmax_scale,
-        GROUP=heads // heads_k, D=head_dim, D_PAD=d_pad, FP8=fp8_values, BLOCK=KEY_BLOCK, PER_PROGRAM=config.blocks,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], len_q, len_k, rows_q, blocks_k, heads, heads // heads_k, programs_q, softmax_scale,
+        D=head_dim, D_PAD=d_pad, FP8=fp8_values, BLOCK=KEY_BLOCK, PER_PROGRAM=config.blocks,
         LOG2E=LOG2_E, INT8=INT8_MAX, FLOOR=SCORE_FLOOR, SCALE_FLOOR=SCALE_FLOOR,
         # Products of half types with 1 and -1 are exact.
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=config.warps,
