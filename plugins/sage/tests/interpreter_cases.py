@@ -107,3 +107,5 @@ def test_scales_of_a_list_are_those_of_its_blocks():
     is_used = torch.arange(blocks.shape[-1]) < counts[..., None]
     wanted = k_scale.repeat_interleave(2, 1)[:, :, None].expand(-1, -1, 3, -1).gather(-1, blocks.long().clamp_max(10))
     assert torch.equal(found[is_used], wanted[is_used])
+    # read for an empty list, whose scores are -inf
+    assert (found > 0).all()

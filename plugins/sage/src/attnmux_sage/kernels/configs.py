@@ -36,7 +36,7 @@ class QuantiseConfig:
     stages: int
 
 
-QUANTISE = QuantiseConfig(4, 4, 2)
+QUANTISE = QuantiseConfig(4, 4, 1)
 
 
 def triton_config(fp8: bool) -> TritonConfig:

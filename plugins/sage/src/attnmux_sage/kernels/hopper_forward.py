@@ -540,8 +540,8 @@ def _sage_hopper_fwd_kernel(
                      D, STAGES, QBUF, QREG, FP8, LISTS, 1)),
         (_producer, (q_desc, k_desc, v_desc, list_ptr, count_ptr, q_buf, k_buf, v_buf,
                      q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                     stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h, n_tiles, tiles, heads, group, blocks_k,
-                     D, STAGES, QBUF, FP8, LISTS)),
+                     stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
+                     n_tiles, tiles, heads, group, blocks_k, D, STAGES, QBUF, FP8, LISTS)),
     ], [4, 1], [CREGS, 24])
 
 

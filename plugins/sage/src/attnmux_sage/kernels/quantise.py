@@ -200,8 +200,9 @@ def _sage_list_scales_kernel(
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         block = tl.load(entries + at, mask=at < width, other=0)
-        # Entries beyond the count may hold anything.
-        scale = tl.load(scales + block, mask=(block >= 0) & (block < blocks_k), other=0.0)
+        # Entries beyond the count may hold anything. Their scale is read for an empty list, where it must not be 0: a masked score
+        # of -inf would become NaN.
+        scale = tl.load(scales + block, mask=(block >= 0) & (block < blocks_k), other=1.0)
         tl.store(out_ptr + row.to(tl.int64) * width + at, scale, mask=at < width)
 
 
@@ -247,7 +248,8 @@ def launch_quantise(
     programs_k = batch * heads_k * triton.cdiv(blocks_k, config.blocks)
     _sage_quantise_kernel[(programs_q + programs_k,)](
         q, k, v, mean, v_scale, q8, k8, k8 if v8 is None else v8, q_scale, k_scale, shift,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], len_q, len_k, rows_q, blocks_k, heads, heads // heads_k, programs_q, softmax_scale,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        len_q, len_k, rows_q, blocks_k, heads, heads // heads_k, programs_q, softmax_scale,
         D=head_dim, D_PAD=d_pad, FP8=fp8_values, BLOCK=KEY_BLOCK, PER_PROGRAM=config.blocks,
         LOG2E=LOG2_E, INT8=INT8_MAX, FLOOR=SCORE_FLOOR, SCALE_FLOOR=SCALE_FLOOR,
         # Products of half types with 1 and -1 are exact.
