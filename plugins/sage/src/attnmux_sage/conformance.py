@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from attnmux.testing import BackendConformance
+from attnmux.testing.tolerance import visible_keys
 from attnmux_sage.backend import SageSLAAttentionImpl
-from attnmux_sage.kernels import default_pv
+from attnmux_sage.kernels import HALF_TYPES, default_pv, keys_per_step
 from attnmux_sage.ops import emulate
+from attnmux_sage.reference import attend
 from attnmux_sla.backend import SLAAttentionMetadata
 from attnmux_sla.conformance import SLAAttentionConformance
 from attnmux_sla.ops import sparse_linear_attention
@@ -18,11 +20,52 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from attnmux.backend import AttentionMetadata
+    from attnmux.testing.conformance.cases import Case
     from attnmux_blocksparse.index import BlockIndex
 
 __all__ = ["SageAttentionConformance", "SageSLAAttentionConformance"]
 
 NO_LIMIT = "eight bits are eight bits: no arguments make it dense attention; tests hold its accuracy to figures instead"
+
+
+def _half_type(*tensors: torch.Tensor) -> torch.dtype | None:
+    """Return the half type that float64 copies on a GPU were made from; None for others, which the reference engine serves."""
+    if tensors[0].device.type == "cuda":
+        for dtype in HALF_TYPES:
+            if all(bool((x.to(dtype).double() == x).all()) for x in tensors):
+                return dtype
+    return None
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pv: str | None, *, softmax_scale: float, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the emulation and its LSE; where kernels run, over the integers that they make of q and k.
+
+    Those differ from PyTorch's by one here and there, where a sum in another order ends on the other side of a half; with large
+    scores one is much. That they are right otherwise is tested by itself.
+    """
+    pv, dtype = pv or default_pv(q), _half_type(q, k, v)
+    if dtype is None:
+        return emulate(q, k, v, softmax_scale=softmax_scale, pv=pv, **options)
+    from attnmux_sage.kernels.quantise import launch_quantise
+
+    tensors = (x.to(dtype) for x in (q, k, v))
+    quantised = launch_quantise(*tensors, softmax_scale=softmax_scale, fp8_values=pv == "fp8")
+    step = keys_per_step(q.device, options.get("causal", False))
+    return attend(quantised, v, len_q=q.shape[1], keys_per_step=step, **options)
+
+
+def _rounding_step(case: Case, pv: str | None) -> float:
+    if _half_type(case.q.double()) is None or (pv or default_pv(case.q)) != "fp8":
+        return 0.0
+    group = case.q.shape[2] // case.k.shape[2]
+    q, k = case.q.float().transpose(1, 2), case.k.float().transpose(1, 2).repeat_interleave(group, 1)
+    scores = q @ k.transpose(-1, -2) * case.options["softmax_scale"]
+    visible = visible_keys(q.shape[2], k.shape[2], causal=case.causal, attn_mask=None, device=q.device)
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).nan_to_num(0.0)
+    # neighbours in e4m3 are an eighth apart at most
+    return float(weights.amax() * case.v.abs().amax()) / 8
 
 
 class SageAttentionConformance(BackendConformance):
@@ -37,14 +80,17 @@ class SageAttentionConformance(BackendConformance):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, metadata: AttentionMetadata | None, **options: Any
     ) -> torch.Tensor:
         """Return the emulation, which computes in float32 and is exact where the kernels are."""
-        scale, causal, pv = options["softmax_scale"], options["causal"], options["impl"].pv or default_pv(q)
-        return emulate(q, k, v, softmax_scale=scale, causal=causal, pv=pv)[0]
+        return _attend(q, k, v, options["impl"].pv, softmax_scale=options["softmax_scale"], causal=options["causal"])[0]
 
     def oracle_lse(
         self, q: torch.Tensor, k: torch.Tensor, metadata: AttentionMetadata | None, **options: Any
     ) -> torch.Tensor:
         """Return the emulation's log-sum-exp."""
-        return emulate(q, k, k, softmax_scale=options["softmax_scale"], causal=options["causal"])[1].double()
+        return _attend(q, k, k, None, softmax_scale=options["softmax_scale"], causal=options["causal"])[1].double()
+
+    def rounding_step(self, case: Case) -> float:
+        """Return what a weight that rounds to the next e4m3 moves; 0 where the oracle has the bits of the engine."""
+        return _rounding_step(case, self.impl_args.get("pv"))
 
     def custom_ops(self, device: torch.device) -> Iterable[tuple[Any, tuple[Any, ...]]]:
         """Return the operator on small tensors, over all keys and over lists."""
@@ -75,18 +121,9 @@ class SageSLAAttentionConformance(SLAAttentionConformance):
         impl = options["impl"]
         assert isinstance(impl, SageSLAAttentionImpl)
         assert impl.proj_l is not None
-        pv = impl.pv or default_pv(q)
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: BlockIndex, scale: float) -> torch.Tensor:
-            return emulate(
-                q,
-                k,
-                v,
-                softmax_scale=scale,
-                blocks=index.blocks,
-                counts=index.counts,
-                pv=pv,
-            )[0]
+            return _attend(q, k, v, impl.pv, softmax_scale=scale, blocks=index.blocks, counts=index.counts)[0]
 
         return sparse_linear_attention(
             q,
@@ -99,6 +136,10 @@ class SageSLAAttentionConformance(SLAAttentionConformance):
             sparse_attention=attend,
             engine="reference",
         )
+
+    def rounding_step(self, case: Case) -> float:
+        """Return what a weight that rounds to the next e4m3 moves; 0 where the oracle has the bits of the engine."""
+        return _rounding_step(case, self.impl_args.get("pv"))
 
     def custom_ops(self, device: torch.device) -> Iterable[tuple[Any, tuple[Any, ...]]]:
         """Return the operator that joins the branches, on small tensors; the others are tested with their backends."""
