@@ -108,7 +108,8 @@ def test_few_programs_walk_many_tiles(programs, is_listed, pv):
 @pytest.mark.parametrize("pv", ["fp8", "bf16"])
 @pytest.mark.parametrize("name", ACCURACY)
 def test_accuracy_is_that_of_the_goals(name, pv):
-    assert_accurate(name, pv, "cuda", length=8192)
+    # as the emulation on a CPU, on the same numbers
+    assert_accurate(name, pv, "cuda", length=4096)
 
 
 @pytest.mark.parametrize("is_listed", [False, True])
