@@ -210,7 +210,10 @@ def _show(
     show(
         plain_text(f"{_describe(tokens, settings)}\nnoisy: {tokens.psnr(tokens.noisy):.2f} dB\n"),
         make_table(columns, cells, right=numbers),
-        plain_text("time: median after a warm-up; speed, cosine and relative L1: against the first line", "dim"),
+        plain_text(
+            "time: median after a warm-up, or that of a long first run; speed, cosine and relative L1: against the first line",
+            "dim",
+        ),
     )
     if is_narrow:
         for run in runs:
