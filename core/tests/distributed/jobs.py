@@ -18,7 +18,8 @@ from attnmux import (
     init_sequence_parallel,
     use_sp,
 )
-from attnmux.distributed.exchange import count_traffic, describe, to_heads, to_shards
+from attnmux.distributed.collective import count_traffic, describe
+from attnmux.distributed.exchange import to_heads, to_shards
 from attnmux.distributed.plan import HeadPlan
 from attnmux.rotary import apply_rotary
 from attnmux.testing import assert_close_to_oracle
@@ -67,26 +68,58 @@ def whole(layer, video, words, freqs):
     return output[:, :length], output[:, length:]
 
 
-def compare(sp, length, batch, heads, kv_heads, text, rotary, padded, causal=False):
-    video, words, (weight, text_weights), freqs = case(sp.size, length, batch, heads, kv_heads, text)
+_divided = {}
+
+
+def divided(sp):
+    """The ranks as two that go around times two that exchange heads; made once, as torch keeps groups."""
+    if sp not in _divided:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        mesh = init_device_mesh("cpu", (sp.size // 2, 2), mesh_dim_names=("ring", "ulysses"))
+        _divided[sp] = SPGroup.from_mesh(mesh, timeout=sp.timeout)
+    return _divided[sp]
+
+
+def compare(sp, length, batch, heads, kv_heads, text, rotary, padded, causal=False, strategy="ulysses", **options):
+    plan = SeqPlan.padded(length, -(-length // sp.size) + 1, sp.size) if padded else SeqPlan.balanced(length, sp.size)
+    arguments = {"num_kv_heads": kv_heads, "causal": causal, "strategy": strategy, **options}
+    return compare_shards(sp, plan, batch, heads, text, rotary, original_seq_len=padded, **arguments)
+
+
+def any_shards(sp, lengths, rows, heads, kv_heads, text, strategy, causal):
+    plan = SeqPlan(lengths, rows)
+    compare_shards(sp, plan, 2, heads, text, False, num_kv_heads=kv_heads, strategy=strategy, causal=causal)
+
+
+def scaled(sp, scale):
+    for strategy in ("ulysses", "ring", "allgather_kv"):
+        options = {"num_kv_heads": 2, "strategy": strategy, "softmax_scale": scale}
+        compare_shards(sp, SeqPlan.balanced(9, sp.size), 1, 4, 1, False, **options)
+
+
+def compare_shards(sp, plan, batch, heads, text, rotary, *, strategy, num_kv_heads, original_seq_len=False, **options):
+    """Outputs and gradients of q, k, v and text against LocalAttention; returns what was sent."""
+    if strategy == "usp" and sp.size > 1:
+        sp = divided(sp)
+    video, words, (weight, text_weights), freqs = case(sp.size, plan.length, batch, heads, num_kv_heads, text)
     freqs = freqs if rotary else None
-    arguments = {"num_kv_heads": kv_heads, "causal": causal, "backend": "TORCH_SDPA", "dtype": torch.float64}
+    arguments = {"num_kv_heads": num_kv_heads, "backend": "TORCH_SDPA", "dtype": torch.float64, **options}
     leaves = [x.clone().requires_grad_() for x in video]
     word_leaves = [x.clone().requires_grad_() for x in words]
     want, want_text = whole(LocalAttention(heads, DIM, **arguments), leaves, word_leaves, freqs)
     ((want * weight).sum() + sum((want_text * w).sum() for w in text_weights)).backward()
 
-    plan = SeqPlan.padded(length, -(-length // sp.size) + 1, sp.size) if padded else SeqPlan.balanced(length, sp.size)
     first, last = plan.range_of(sp.rank)
     count = last - first
     mine = shards(video, plan, sp.rank, strided=batch == 2)
     my_words = [x.clone().requires_grad_() for x in words]
-    layer = DistributedAttention(heads, DIM, sp_group=sp, **arguments)
-    options = {"original_seq_len": length} if padded else {"plan": plan}
+    layer = DistributedAttention(heads, DIM, sp_group=sp, strategy=strategy, **arguments)
+    inputs = {"original_seq_len": plan.length} if original_seq_len else {"plan": plan}
     if text:
-        options.update(zip(REPLICATED, my_words, strict=True))
+        inputs.update(zip(REPLICATED, my_words, strict=True))
     with count_traffic() as forward:
-        got, got_text = layer(*mine, freqs_cis=freqs, **options)
+        got, got_text = layer(*mine, freqs_cis=freqs, **inputs)
     loss = (got[:, :count] * weight[:, first:last]).sum()
     if text:
         loss = loss + (got_text * text_weights[sp.rank]).sum()
@@ -101,7 +134,7 @@ def compare(sp, length, batch, heads, kv_heads, text, rotary, padded, causal=Fal
     if text:
         near(got_text, want_text, "text")
         for name, x, y in zip("qkv", my_words, word_leaves, strict=True):
-            # each rank has the gradient of its heads
+            # each rank has the gradient of its heads, or of its tokens
             total = x.grad.clone()
             if sp.size > 1:
                 dist.all_reduce(total)
@@ -138,12 +171,12 @@ def operators(sp):
     q, k = (torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     words = [torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     ranges = [bound for first_last in of.q for _ in range(2) for bound in first_last]
-    rest = (list(plan.lengths), sp.rank, settings)
+    rest = (list(plan.lengths), list(plan.rows), sp.rank, settings)
     torch.library.opcheck(torch.ops.attnmux.sp_to_heads.default, ([q, k], words, ranges, *rest))
     first, last = of.q[sp.rank]
     x = torch.randn(2, plan.length + 2, last - first, 4, dtype=torch.float64, requires_grad=True)
     ranges = [bound for first_last in of.q for bound in first_last]
-    torch.library.opcheck(torch.ops.attnmux.sp_to_shards.default, (x, 3, ranges, *rest))
+    torch.library.opcheck(torch.ops.attnmux.sp_to_shards.default, (x, ranges, *rest))
 
 
 def one_rank_bits(sp):
@@ -320,18 +353,23 @@ def groups(sp):
     arguments = {"backend": "TORCH_SDPA", "dtype": torch.float64}
     of_slice = DistributedAttention(4, DIM, sp_group=mesh["sp"], **arguments)
     assert (of_slice.sp.size, of_slice.sp.rank) == (2, sp.rank % 2)
+    of_two = DistributedAttention(4, DIM, sp_group=mesh, **arguments)
+    assert (of_two.strategy, of_two.sp.size, of_two.sp.rank) == ("usp", 4, sp.rank)
     try:
-        SPGroup.from_mesh(mesh)
+        SPGroup.from_mesh(init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("a", "b", "c")))
     except UnsupportedRequestError as error:
-        assert "must be a mesh of one dimension, got 2" in str(error)  # noqa: PT017
+        assert "must be a mesh of one dimension, or of two (ring, ulysses), got 3" in str(error)  # noqa: PT017
     else:
-        raise AssertionError("a mesh of two dimensions is taken")
+        raise AssertionError("a mesh of three dimensions is taken")
     try:
         init_sequence_parallel(3)
     except UnsupportedRequestError as error:
         assert "size=3 must divide the world size 4" in str(error)  # noqa: PT017
     else:
         raise AssertionError("a size that does not divide the world is taken")
+    made = init_sequence_parallel(4, ulysses=2, timeout=sp.timeout)
+    assert (made.ulysses.rank, made.ring.rank, made.rank) == (sp.rank % 2, sp.rank // 2, sp.rank)
+    assert DistributedAttention(4, DIM, **arguments).strategy == "usp"
     found = init_sequence_parallel(2, timeout=sp.timeout)
     of_default = DistributedAttention(4, DIM, **arguments)
     assert of_default.sp == found
