@@ -204,22 +204,6 @@ def compiled(sp):
         near(a, b, f"result {i}", "gradient")
 
 
-def checkpointed(sp):
-    from torch.utils.checkpoint import checkpoint
-
-    video, _, _, _ = case(sp.size, 8, 1, 4, 4, 0)
-    plan = SeqPlan.balanced(8, sp.size)
-    layer = DistributedAttention(4, DIM, sp_group=sp, backend="TORCH_SDPA", dtype=torch.float64)
-
-    def run(function):
-        mine = shards(video, plan, sp.rank)
-        function(*mine)[0].square().sum().backward()
-        return [x.grad for x in mine]
-
-    for a, b in zip(run(lambda *x: checkpoint(layer, *x, use_reentrant=False)), run(layer), strict=True):
-        assert torch.equal(a, b)
-
-
 class Scaled(torch.nn.Module):
     """An impl with a parameter."""
 
@@ -297,6 +281,39 @@ def video_sparse(sp, gated):
     for name, x, y in zip(("q", "k", "v", "gate"), mine, leaves, strict=False):
         near(x.grad, y.grad[:, first:last], f"gradient of {name}", "gradient")
     return traffic.collectives, traffic.elements_sent
+
+
+def listed_blocks(sp, shared, text):
+    """BLOCK_SPARSE_ATTN: every rank is given all heads' lists, over the sequence and the text behind it."""
+    from attnmux_blocksparse import BlockIndex
+    from attnmux_blocksparse.backend import BlockSparseAttentionMetadata
+
+    length, heads, kv_heads, dim = 300, 6, 3, 16
+    video, words, (weight, _), _ = case(sp.size, length, 2, heads, kv_heads, text, dim)
+    blocks = -(-(length + text) // 64)
+    mask = torch.rand(1 if shared else heads, blocks, blocks, generator=torch.Generator().manual_seed(3)) < 0.5
+    metadata = BlockSparseAttentionMetadata(0, BlockIndex.from_block_mask(mask, block_q=64, block_k=64))
+    options = {"num_kv_heads": kv_heads, "backend": "BLOCK_SPARSE_ATTN", "dtype": torch.float64}
+    leaves, plan = [x.clone().requires_grad_() for x in video], SeqPlan.balanced(length, sp.size)
+    first, last = plan.range_of(sp.rank)
+    joined = [torch.cat(pair, dim=1) for pair in zip(leaves, words, strict=True)] if text else leaves
+    want = LocalAttention(heads, dim, **options)(*joined, attn_metadata=metadata)
+    (want[:, :length] * weight).sum().backward()
+    mine = shards(video, plan, sp.rank)
+    layer = DistributedAttention(heads, dim, sp_group=sp, **options)
+    got, got_text = layer(*mine, None, *words, plan=plan, attn_metadata=metadata)
+    (got * weight[:, first:last]).sum().backward()
+    near(got, want[:, first:last], "output")
+    if text:
+        near(got_text, want[:, length:], "text")
+    for name, x, y in zip("qkv", mine, leaves, strict=True):
+        near(x.grad, y.grad[:, first:last], f"gradient of {name}", "gradient")
+    few = BlockSparseAttentionMetadata(0, BlockIndex.from_block_mask(mask.new_ones(2, blocks, blocks), block_q=64, block_k=64))
+    try:
+        layer(*mine, None, *words, plan=plan, attn_metadata=few)
+    except UnsupportedRequestError as error:
+        return str(error)
+    raise AssertionError("lists for two heads of six are taken")
 
 
 def sparse_linear(sp):
@@ -450,6 +467,22 @@ def missing_in_backward(sp):
     layer = DistributedAttention(4, DIM, sp_group=own, backend="TORCH_SDPA", dtype=torch.float64)
     output, _ = layer(*[_ones(4).requires_grad_() for _ in range(3)])
     return None if sp.rank else _failure(lambda: output.sum().backward())
+
+
+def dies(sp, strategy, backward):
+    """The last rank dies where the others are in a collective already."""
+    own = _own_group(sp, 3.0)
+    options = {"backend": "TORCH_SDPA", "dtype": torch.float64, "strategy": strategy}
+    layer = DistributedAttention(4, DIM, sp_group=own, **options)
+    inputs = [_ones(4).requires_grad_() for _ in range(3)]
+    # the ranks have agreed on this call, so that nothing but the collective notices
+    output, _ = layer(*inputs)
+    output.sum().backward()
+    output = layer(*inputs)[0] if backward else None
+    if sp.rank == sp.size - 1:
+        for name in ("all_to_all_single", "all_gather_single", "all_gather_into_tensor"):
+            setattr(dist, name, lambda *_, **__: os._exit(1))
+    return _failure(output.sum().backward if backward else lambda: layer(*inputs))
 
 
 def hang(sp):

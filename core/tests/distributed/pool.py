@@ -41,7 +41,8 @@ def _worker(rank, size, store, jobs, results, module):
         # a rank that hangs says where, before the pool gives up on it
         faulthandler.dump_traceback_later(JOB_TIMEOUT - 2)
         try:
-            results.put((rank, getattr(importlib.import_module(module), function)(sp, *arguments), None))
+            home, _, name = function.rpartition(".")
+            results.put((rank, getattr(importlib.import_module(home or module), name)(sp, *arguments), None))
         except BaseException:  # noqa: BLE001 - the test reports it
             results.put((rank, None, traceback.format_exc()))
         faulthandler.cancel_dump_traceback_later()
@@ -69,16 +70,20 @@ class Pool:
         for process in self.processes:
             process.start()
 
-    def run(self, function, *arguments):
-        """Run `function(sp, *arguments)` of the module on every rank; return the results in rank order."""
+    def run(self, function, *arguments, dies=None):
+        """Run `function(sp, *arguments)` of the module on every rank; return the results in rank order.
+
+        With `dies` that rank is not waited for: it ends its process, and the pool is closed afterwards.
+        """
+        expected = [rank for rank in range(self.size) if rank != dies]
         for jobs in self.jobs:
             jobs.put((function, arguments))
         found, deadline = {}, time.monotonic() + JOB_TIMEOUT
-        while len(found) < self.size:
+        while len(found) < len(expected):
             try:
                 rank, result, error = self.results.get(timeout=max(deadline - time.monotonic(), 0.0))
             except queue.Empty:
-                silent = sorted(set(range(self.size)) - set(found))
+                silent = sorted(set(expected) - set(found))
                 self.close(kill=True)
                 errors = "".join(f"\nrank {rank}:\n{error}" for rank, (_, error) in sorted(found.items()) if error)
                 raise AssertionError(
@@ -89,7 +94,9 @@ class Pool:
         if errors:
             self.close(kill=True)
             raise AssertionError(f"{function}{arguments} on {self.size} ranks:{errors}")
-        return [found[rank][0] for rank in range(self.size)]
+        if dies is not None:
+            self.close(kill=True)
+        return [found[rank][0] for rank in expected]
 
     def close(self, *, kill=False):
         if not self.is_open:

@@ -1,5 +1,7 @@
 """Ranks that disagree, or do not come: every one ends in time, before wrong data can be read, and says why."""
 
+import re
+
 import pytest
 
 FIELDS = {"dtype": "dtype", "rows": "lengths", "softmax_scale": "softmax_scale", "text": "text"}
@@ -39,6 +41,25 @@ def test_a_rank_that_misses_the_backward_pass_is_named_in_time(pools):
     message, seconds = pools(2).run("missing_in_backward")[0]
     assert "before to_shards backward: rank 0 waited 1 s for rank 1, which did not come" in message
     assert seconds < 1.0 + GRACE
+
+
+@pytest.mark.parametrize(
+    ("size", "strategy", "backward", "operation"),
+    [
+        (2, "ulysses", False, "to_heads"),
+        (4, "ulysses", True, "to_shards backward"),
+        (4, "ring", False, "ring"),
+        (2, "ring", True, "ring backward"),
+        (4, "allgather_kv", False, "gather"),
+        (2, "allgather_kv", True, "gather backward"),
+    ],
+)
+def test_a_rank_that_dies_in_a_collective_ends_the_others_in_time(pools, size, strategy, backward, operation):
+    found = pools(size).run("dies", strategy, backward, dies=size - 1)
+    assert len(found) == size - 1
+    for rank, (message, seconds) in enumerate(found):
+        assert re.match(rf"group '\w+': {operation} failed on rank {rank} of {size}, sending ", message)
+        assert seconds < 3.0 + GRACE
 
 
 def test_a_job_that_hangs_fails_with_a_message(tmp_path, monkeypatch):
