@@ -1,6 +1,6 @@
 """Attention over several GPUs: how much of the speed of one is left when they share a sequence.
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py benchmarks/results/distributed.json --plot docs/distributed.png
+    torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py distributed.json --plot distributed.png
     python benchmarks/distributed.py out.json                  (one GPU: what the layer costs at one rank)
     torchrun --nproc-per-node 2 benchmarks/distributed.py out.json --device cpu --quick     (a dry run)
 
@@ -221,7 +221,12 @@ def measure_peer(shape, sp, arguments):
     plan = SeqPlan.balanced(shape.tokens, sp.size)
     tensors = shape.draw()
     runs = without_gradients(local, *tensors), without_gradients(attend, *shard(tensors, plan, sp.rank))
-    return {**row, "gate": "green", "version": version(), **times(*compare(shape.device, *runs, arguments.repetitions), sp.size)}
+    return {
+        **row,
+        "gate": "green",
+        "version": version(),
+        **times(*compare(shape.device, *runs, arguments.repetitions), sp.size),
+    }
 
 
 def measure_parts(shape, sp, repetitions):
@@ -277,7 +282,11 @@ def plot(found, path):
     figure = Figure(figsize=(7, 1.4 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
     names = [f"{row['backend']} {row['strategy']} {row['direction']}" for row in rows]
-    axes.barh(names, [100 * row["efficiency"] for row in rows], color=["#b0b7bd" if row["peer"] else "#2a6f97" for row in rows])
+    axes.barh(
+        names,
+        [100 * row["efficiency"] for row in rows],
+        color=["#b0b7bd" if row["peer"] else "#2a6f97" for row in rows],
+    )
     axes.invert_yaxis()
     axes.set_xlabel(f"efficiency of {found['ranks']} ranks, % (grey: other projects), {found['device']}")
     figure.savefig(path, dpi=150)
@@ -313,16 +322,22 @@ def main():
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument("--train", action="store_true", help="forward and backward together, too")
     parser.add_argument("--backends", nargs="+", default=["TORCH_SDPA", "FLASH_ATTN", "VIDEO_SPARSE_ATTN", "SLA_ATTN"])
-    parser.add_argument("--between-nodes", type=float, help="GB/s per GPU that were measured between hosts, for 64 GPUs")
+    parser.add_argument(
+        "--between-nodes", type=float, help="GB/s per GPU that were measured between hosts, for 64 GPUs"
+    )
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
 
     sp = join(arguments.device)
     device = torch.device("cuda", torch.cuda.current_device()) if arguments.device == "cuda" else torch.device("cpu")
-    shape = Shape(*(QUICK if arguments.quick else WAN), torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    shape = Shape(
+        *(QUICK if arguments.quick else WAN), torch.bfloat16 if device.type == "cuda" else torch.float32, device
+    )
     rows = []
     for backend in arguments.backends:
-        for strategy in ("ulysses", "ring", "allgather_kv") if backend in ("TORCH_SDPA", "FLASH_ATTN") else ("ulysses",):
+        for strategy in (
+            ("ulysses", "ring", "allgather_kv") if backend in ("TORCH_SDPA", "FLASH_ATTN") else ("ulysses",)
+        ):
             for direction in ("forward", "forward + backward")[: 1 + arguments.train]:
                 rows.append(measure_strategy(backend, strategy, shape, sp, arguments, direction))
                 if sp.size == 1:

@@ -299,7 +299,9 @@ class Capabilities:
         put(self, "masks", _names("masks", self.masks, MASK_KINDS))
         put(self, "sequence_parallel", _names("sequence_parallel", self.sequence_parallel, SP_STRATEGIES))
         if self.sequence_parallel & {"ring", "usp"} and not self.returns_lse:
-            raise ValueError("sequence_parallel: 'ring' and 'usp' merge parts by their log-sum-exp: declare returns_lse")
+            raise ValueError(
+                "sequence_parallel: 'ring' and 'usp' merge parts by their log-sum-exp: declare returns_lse"
+            )
         if "allgather_kv" in self.sequence_parallel and not self.cross_attention:
             raise ValueError("sequence_parallel: 'allgather_kv' has more keys than queries: declare cross_attention")
         put(self, "extra_inputs", _names("extra_inputs", self.extra_inputs))
@@ -368,7 +370,9 @@ class Capabilities:
             why = f"declared: {_listing(self.sequence_parallel)}"
             if request.sp_strategy in ("ring", "usp") and not self.returns_lse:
                 why += "; it returns no log-sum-exp to merge parts by"
-            refuse("sequence_parallel", f"a sequence split over {request.sp_size} ranks by {request.sp_strategy!r} ({why})")
+            refuse(
+                "sequence_parallel", f"a sequence split over {request.sp_size} ranks by {request.sp_strategy!r} ({why})"
+            )
         return reasons
 
 

@@ -308,7 +308,9 @@ def listed_blocks(sp, shared, text):
         near(got_text, want[:, length:], "text")
     for name, x, y in zip("qkv", mine, leaves, strict=True):
         near(x.grad, y.grad[:, first:last], f"gradient of {name}", "gradient")
-    few = BlockSparseAttentionMetadata(0, BlockIndex.from_block_mask(mask.new_ones(2, blocks, blocks), block_q=64, block_k=64))
+    few = BlockSparseAttentionMetadata(
+        0, BlockIndex.from_block_mask(mask.new_ones(2, blocks, blocks), block_q=64, block_k=64)
+    )
     try:
         layer(*mine, None, *words, plan=plan, attn_metadata=few)
     except UnsupportedRequestError as error:

@@ -126,7 +126,9 @@ def fully_sharded(sp, strategy, backend):
         ((block(x.to(dtype)) * weight.to(dtype)).sum() / dist.get_world_size()).backward()
         return {name: parameter.grad for name, parameter in block.named_parameters()}
 
-    block = filled(Block(DistributedAttention(heads, dim, sp_group=mesh["sp"], strategy=strategy, **options), heads, dim))
+    block = filled(
+        Block(DistributedAttention(heads, dim, sp_group=mesh["sp"], strategy=strategy, **options), heads, dim)
+    )
     fully_shard(block, mesh=mesh._flatten("all") if mesh["dp"].size() > 1 else mesh["sp"])
     plan = SeqPlan.balanced(length, size)
     first, last = plan.range_of(mesh["sp"].get_local_rank())

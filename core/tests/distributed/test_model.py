@@ -27,7 +27,12 @@ def test_bfloat16_and_autocast_give_what_local_attention_does(pools, size, strat
 
 @pytest.mark.parametrize(
     ("size", "strategy", "backend"),
-    [(2, "ulysses", "SLA_ATTN"), (4, "ulysses", "SLA_ATTN"), (4, "ring", "TORCH_SDPA"), (2, "allgather_kv", "TORCH_SDPA")],
+    [
+        (2, "ulysses", "SLA_ATTN"),
+        (4, "ulysses", "SLA_ATTN"),
+        (4, "ring", "TORCH_SDPA"),
+        (2, "allgather_kv", "TORCH_SDPA"),
+    ],
 )
 def test_gradients_are_right_with_fsdp_on_the_mesh_of_the_sequence(pools, size, strategy, backend):
     if backend == "SLA_ATTN":

@@ -38,7 +38,11 @@ def test_an_unknown_strategy_is_refused():
 
 
 def test_a_strategy_goes_with_the_group_that_it_divides():
-    refused("'usp' is ulysses within and a ring across groups of ranks, and this group is not divided", layer, strategy="usp")
+    refused(
+        "'usp' is ulysses within and a ring across groups of ranks, and this group is not divided",
+        layer,
+        strategy="usp",
+    )
     for strategy in ("ulysses", "ring", "allgather_kv"):
         refused(f"divided into ring and ulysses.*strategy is '{strategy}'", layer, FOUR_OF_TWO, strategy=strategy)
     assert layer(FOUR_OF_TWO).strategy == "usp"
@@ -101,7 +105,14 @@ def test_a_ring_refuses_what_it_would_get_wrong(install, make_backend):
 def test_what_describes_the_whole_sequence_is_refused_where_keys_are_split(strategy):
     words = dict.fromkeys(("replicated_q", "replicated_k", "replicated_v"), Q)
     causal = layer(strategy=strategy, causal=True)
-    refused(f"replicated tokens of a causal layer go with the strategy 'ulysses', not '{strategy}'", causal, Q, Q, Q, **words)
+    refused(
+        f"replicated tokens of a causal layer go with the strategy 'ulysses', not '{strategy}'",
+        causal,
+        Q,
+        Q,
+        Q,
+        **words,
+    )
     described = layer(strategy=strategy)
     described._metadata_cls = FlashAttentionMetadata
     packed = FlashAttentionMetadata(0, torch.tensor([0, 8], dtype=torch.int32), max_seqlen_q=8)

@@ -47,14 +47,19 @@ def test_matches_the_whole_sequence_and_sends_what_it_must(pools, size, strategy
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_ulysses_times_ring_matches_and_sends_less_than_either(pools, shape):
     counts = pools(4).run("compare", *shape, False, "usp")
-    length, batch, heads, kv_heads, text, _, padded = shape
+    length, batch, heads, kv_heads, _, _, padded = shape
     if (heads, kv_heads) == (4, 4):
         lengths = plan_of(length, 4, padded).lengths
         for rank, found in enumerate(counts):
             near, other = lengths[2 * (rank // 2) :][:2], lengths[2 * (1 - rank // 2) :][:2]
             own, peer = near[rank % 2], near[1 - rank % 2]
             half = batch * DIM * heads // 2
-            assert found == (3, half * (3 * own + peer + 2 * sum(near)), 4, half * (3 * peer + own + 2 * sum(near + other)))
+            assert found == (
+                3,
+                half * (3 * own + peer + 2 * sum(near)),
+                4,
+                half * (3 * peer + own + 2 * sum(near + other)),
+            )
 
 
 def test_ulysses_times_ring_runs_on_two_ranks_that_only_exchange_heads(pools):

@@ -292,9 +292,7 @@ def _explicit_gradients(
     return of_scores @ call.k, of_scores.transpose(-1, -2) @ call.q, weights.transpose(-1, -2) @ grad
 
 
-def _scores(
-    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, is_causal: bool, scale: float
-) -> torch.Tensor:
+def _scores(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, is_causal: bool, scale: float) -> torch.Tensor:
     scores = q @ k.transpose(-1, -2) * scale
     if bias is not None:
         scores = scores + bias

@@ -113,9 +113,7 @@ def _count(elements: int, element_size: int) -> None:
 
 
 def _failure(group: dist.ProcessGroup, operation: str, what: str, dtype: torch.dtype) -> str:
-    return (
-        f"group {group.group_name!r}: {operation} failed on rank {group.rank()} of {group.size()}, {what} elements of {dtype}"
-    )
+    return f"group {group.group_name!r}: {operation} failed on rank {group.rank()} of {group.size()}, {what} elements of {dtype}"
 
 
 def start_all_to_all(
@@ -167,7 +165,9 @@ def all_to_all(
     start_all_to_all(received, sent, elements_in, elements_out, operation, settings, sizes, waits=True)
 
 
-def all_gather(received: torch.Tensor, sent: torch.Tensor, operation: str, settings: str, sizes: dict[str, object]) -> None:
+def all_gather(
+    received: torch.Tensor, sent: torch.Tensor, operation: str, settings: str, sizes: dict[str, object]
+) -> None:
     """Fill the flat `received` with the flat `sent` of every rank, in rank order.
 
     Raises:

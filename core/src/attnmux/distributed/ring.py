@@ -38,8 +38,8 @@ class Ring:
     size: int
 
     def sees(self, lengths: tuple[int, ...], source: int) -> bool:
-        """Whether this rank's queries attend to a shard at all."""
-        return lengths[source] > 0 and (source <= self.rank or not self.impl.causal)
+        """Whether this rank's queries attend to the shard of another."""
+        return lengths[source] > 0 and (source < self.rank or not self.impl.causal)
 
 
 def ring_attention(
@@ -73,7 +73,7 @@ def ring_attention(
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -105,7 +105,7 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, output, lse = ctx.saved_tensors
         ring, metadata, lengths, settings = ctx.options
         length, sizes = lengths[ring.rank], _Sizes(lengths, q.shape[0], k.shape[1] - lengths[ring.rank])
@@ -167,9 +167,7 @@ class _Arrived:
         return self.received
 
 
-def _shift(
-    x: torch.Tensor, ring: Ring, step: int, sizes: _Sizes, operation: str, settings: str
-) -> Pending | _Arrived:
+def _shift(x: torch.Tensor, ring: Ring, step: int, sizes: _Sizes, operation: str, settings: str) -> Pending | _Arrived:
     """Send x to the next rank and receive what the rank before has: the shard from `step` ranks before."""
     rows = sizes.lengths[(ring.rank - step) % ring.size]
     lengths = list(sizes.lengths)

@@ -30,6 +30,7 @@ __all__ = ["DistributedAttention", "DistributedAttention_VSA"]
 
 Freqs = tuple[torch.Tensor, torch.Tensor]
 
+
 def _checked_strategy(strategy: str | None, sp: SPGroup) -> str:
     """Return the strategy, by default the one that the group is made for."""
     if strategy is None:

@@ -90,7 +90,11 @@ class FakeImpl(AttentionImpl[AttentionMetadata]):
         return (output, lse.to(torch.float32).detach()) if return_lse else output
 
     def attend_part(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_metadata: AttentionMetadata | None = None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return output and log-sum-exp, the latter in float64 for float64 inputs."""
         output, lse = self.compute(query, key, value)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from attnmux.backend import AttentionImpl
 from attnmux.distributed.merge import merge_part
-from attnmux.testing.conformance.cases import Case
 from attnmux.testing.conformance.harness import ConformanceHarness
+
+if TYPE_CHECKING:
+    from attnmux.testing.conformance.cases import Case
 
 __all__ = ["PartChecks"]
 
@@ -66,14 +68,12 @@ def _parts(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
     """Return three parts of each along the tokens, one of them a single token."""
     length = tensors[0].shape[1]
     sizes = [1, (length - 1) // 3, length - 1 - (length - 1) // 3]
-    return list(zip(*(x.split(sizes, dim=1) for x in tensors), strict=True))
+    return list(zip(*(torch.split(x, sizes, dim=1) for x in tensors), strict=True))
 
 
 class _ByParts(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, impl: Any, metadata: Any
-    ) -> torch.Tensor:
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, impl: Any, metadata: Any) -> torch.Tensor:
         merged = None
         for key, value in _parts(k, v):
             merged = merge_part(merged, *impl.attend_part(q, key, value, metadata))
@@ -84,11 +84,9 @@ class _ByParts(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, output, lse = ctx.saved_tensors
-        parts = [
-            ctx.impl.part_gradients(grad, q, key, value, output, lse, ctx.of_call) for key, value in _parts(k, v)
-        ]
+        parts = [ctx.impl.part_gradients(grad, q, key, value, output, lse, ctx.of_call) for key, value in _parts(k, v)]
         of_q = torch.stack([part[0].to(lse.dtype) for part in parts]).sum(0).to(q.dtype)
         of_k, of_v = (torch.cat([part[which] for part in parts], dim=1).to(k.dtype) for which in (1, 2))
         return of_q, of_k, of_v, None, None
