@@ -7,7 +7,8 @@
 The sequence is Wan 14B's: 75,600 tokens of 40 heads of 128 channels in bfloat16. Efficiency is T1 / (P * TP): T1 is LocalAttention
 on the whole sequence, on all ranks at once, as heat and power are shared; TP the distributed layer. Ranks are aligned before
 each run and the slowest counts; T1 is measured before and after TP, and a row whose two T1 differ by more than 2 % says so.
-Nothing is timed whose result is wrong on a short sequence in the same process. What is computed and not measured, for more
+Nothing is timed whose result is wrong on a short sequence in the same process. On one GPU it times one rank's share of the
+work with the transfers left out: an upper bound of the efficiency, and what the layer adds where it is alone. What is computed and not measured, for more
 GPUs than there are, is in rows of their own, made from this run's numbers alone.
 """
 
@@ -17,17 +18,20 @@ import os
 import socket
 import statistics
 import sys
+import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from peers.diffusers_ulysses import make_ulysses, version
+from torch.profiler import ProfilerActivity, profile
 
 from attnmux import DistributedAttention, LocalAttention, SeqPlan, SPGroup, init_sequence_parallel
 from attnmux.bench import describe_environment
 from attnmux.bench.harness import CpuClock, Timing
-from attnmux.distributed import HeadPlan, count_traffic
-from attnmux.distributed.collective import describe
+from attnmux.distributed import HeadPlan, count_traffic, exchange, ring
+from attnmux.distributed.collective import Pending, describe
 from attnmux.distributed.exchange import to_heads, to_shards
 from attnmux.errors import AttnmuxError
 from attnmux.testing import assert_close_to_oracle, dense_attention_baseline, dense_attention_oracle
@@ -236,15 +240,15 @@ def measure_parts(shape, sp, repetitions):
     group = sp if sp.size > 1 else SPGroup.from_group(dist.group.WORLD)
     settings = describe(group, {"case": "exchange alone"})
 
-    def exchange():
+    def exchange_alone():
         q, _, _ = to_heads(own, [], [heads.q] * 3, plan, sp.rank, settings)
         to_shards(q, heads.q, plan, sp.rank, settings)
 
     with torch.no_grad(), count_traffic() as traffic:
-        exchange()
+        exchange_alone()
     parts = {"bytes_sent": traffic.bytes_sent}
-    aligned(shape.device, without_gradients(exchange), 3)
-    parts["exchange_ms"] = Timing.of(aligned(shape.device, without_gradients(exchange), repetitions)).median_ms
+    aligned(shape.device, without_gradients(exchange_alone), 3)
+    parts["exchange_ms"] = Timing.of(aligned(shape.device, without_gradients(exchange_alone), repetitions)).median_ms
     for ranks in (1, 2, 4, 8):
         few = LocalAttention(max(shape.heads // ranks, 1), shape.dim, backend="TORCH_SDPA", dtype=shape.dtype)
         run = without_gradients(few, *shape.draw(heads=max(shape.heads // ranks, 1)))
@@ -252,6 +256,72 @@ def measure_parts(shape, sp, repetitions):
         found = Timing.of(aligned(shape.device, run, max(repetitions // 3, 3)))
         parts[f"attention_ms_of_{ranks}"] = found.median_ms
     return parts
+
+
+def measure_one_rank(shape):
+    """What the layer adds to LocalAttention where there are no other ranks: nothing on the device, and host time."""
+    local, alone, _ = layers("TORCH_SDPA", "ulysses", shape, SPGroup.local())
+    tensors = shape.draw(rows=128)
+
+    def host_us(layer):
+        run = without_gradients(layer, *tensors)
+        run()
+        best = float("inf")
+        for _ in range(20):
+            started = time.perf_counter()
+            for _ in range(50):
+                run()
+            best = min(best, time.perf_counter() - started)
+        return best / 50 * 1e6
+
+    found = {"host_us_local": host_us(local), "host_us_distributed": host_us(alone)}
+    if shape.device.type == "cuda":
+        for name, layer in (("local", local), ("distributed", alone)):
+            run = without_gradients(layer, *shape.draw())
+            run()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+                run()
+                torch.cuda.synchronize()
+            found[f"kernels_{name}"] = sorted(event.name for event in profiled.events())
+            found[f"peak_bytes_{name}"] = torch.cuda.max_memory_allocated() - before
+    return found
+
+
+def measure_share(shape, ranks, strategy, arguments):
+    """One rank's share of the work on this GPU, transfers left out: what efficiency they leave to lose from."""
+    fill = [True]
+
+    def left_out(received, sent, *_, **__):
+        # numbers like those that would come, and from then on whatever the memory holds
+        if fill[0]:
+            received.normal_()
+        return Pending(received, Finished(), "")
+
+    several = DistributedAttention(
+        shape.heads,
+        shape.dim,
+        backend="TORCH_SDPA",
+        dtype=shape.dtype,
+        sp_group=SPGroup("left out", 0, ranks),
+        strategy=strategy,
+    )
+    local = LocalAttention(shape.heads, shape.dim, backend="TORCH_SDPA", dtype=shape.dtype)
+    tensors, plan = shape.draw(), SeqPlan.balanced(shape.tokens, ranks)
+    run = without_gradients(several, *shard(tensors, plan, 0), plan=plan)
+    with patch.object(exchange, "all_to_all", left_out), patch.object(ring, "start_all_to_all", left_out):
+        run()
+        run()
+        fill[0] = False
+        single, shared, drift = compare(shape.device, without_gradients(local, *tensors), run, arguments.repetitions)
+    return {"ranks": ranks, "strategy": strategy, **times(single, shared, drift, ranks)}
+
+
+class Finished:
+    def wait(self):
+        """Nothing is under way."""
 
 
 def compute_rows(parts, size, between_nodes):
@@ -302,6 +372,12 @@ def show(found):
         note = "  (T1 drifted)" if row["drifted"] else ""
         out(f"{name} T1 {row['t1_ms']:9.3f} ms  TP {row['tp_ms']:9.3f} ms  efficiency {row['efficiency']:.4f}{note}\n")
     out("".join(f"{name}: {value:.3f}\n" for name, value in found["parts"].items()))
+    for name, value in (found["one_rank"] or {}).items():
+        out(f"one rank: {name}: {len(value) if isinstance(value, list) else value}\n")
+    for row in found["shares_without_transfer"]:
+        name = f"{row['strategy']:8s} of {row['ranks']}, transfers left out"
+        speed = f"efficiency {row['efficiency']:.4f}  drift {row['drift']:.4f}"
+        out(f"{name}: T1 {row['t1_ms']:.3f} ms  TP {row['tp_ms']:.3f} ms  {speed}\n")
     out("".join(f"computed, not measured: {json.dumps(row)}\n" for row in found["computed"]))
 
 
@@ -348,6 +424,10 @@ def main():
     if sp.size > 1:
         rows.append(measure_peer(shape, sp, arguments))
     parts = measure_parts(shape, sp, arguments.repetitions)
+    one_rank, shares = None, []
+    if sp.size == 1:
+        one_rank = measure_one_rank(shape)
+        shares = [measure_share(shape, n, name, arguments) for n in (2, 8) for name in ("ulysses", "ring")]
     environment = describe_environment(device, commit=os.environ.get("COMMIT"))
     found = {
         **vars(environment),
@@ -357,6 +437,8 @@ def main():
         "sparsity": SPARSITY,
         "rows": rows,
         "parts": parts,
+        "one_rank": one_rank,
+        "shares_without_transfer": shares,
         "computed": compute_rows(parts, sp.size, arguments.between_nodes),
     }
     if sp.rank == 0:

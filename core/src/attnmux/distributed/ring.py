@@ -37,8 +37,9 @@ class Ring:
     rank: int
     size: int
 
-    def sees(self, lengths: tuple[int, ...], source: int) -> bool:
-        """Whether this rank's queries attend to the shard of another."""
+    def sees(self, lengths: tuple[int, ...], step: int) -> bool:
+        """Whether this rank's queries attend to the shard that comes by at a step, from so many ranks before."""
+        source = (self.rank - step) % self.size
         return lengths[source] > 0 and (source < self.rank or not self.impl.causal)
 
 
@@ -85,6 +86,8 @@ class _RingAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         length, sizes = lengths[ring.rank], _Sizes(lengths, q.shape[0], k.shape[1] - lengths[ring.rank])
         merged = None
+        seen = [step for step in range(1, ring.size) if q.shape[1] and ring.sees(lengths, step)]
+        last = seen[-1] if seen else 0
         with torch.autocast(q.device.type, enabled=False):
             coming = _shift(_pack(k[:, :length], v[:, :length]), ring, 1, sizes, "ring", settings)
             if q.shape[1] and k.shape[1]:
@@ -93,12 +96,13 @@ class _RingAttention(torch.autograd.Function):
                 held = coming.wait()
                 if step + 1 < ring.size:
                     coming = _shift(held, ring, step + 1, sizes, "ring", settings)
-                if q.shape[1] and ring.sees(lengths, (ring.rank - step) % ring.size):
-                    merged = merge_part(merged, *ring.other_impl.attend_part(q, *_unpack(held), metadata))
+                if step in seen:
+                    part = ring.other_impl.attend_part(q, *_unpack(held), metadata)
+                    merged = merge_part(merged, *part, dtype=q.dtype if step == last else None)
         if merged is None:
             output, lse = q.new_zeros(q.shape), q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"))
         else:
-            output, lse = merged[0].to(q.dtype), merged[1]
+            output, lse = merged
         ctx.save_for_backward(q, k, v, output, lse)
         ctx.options = ring, metadata, lengths, settings
         return output
@@ -110,34 +114,37 @@ class _RingAttention(torch.autograd.Function):
         ring, metadata, lengths, settings = ctx.options
         length, sizes = lengths[ring.rank], _Sizes(lengths, q.shape[0], k.shape[1] - lengths[ring.rank])
         dtype = torch.promote_types(q.dtype, torch.float32)
-        grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
         with torch.autocast(q.device.type, enabled=False):
             coming = _shift(_pack(k[:, :length], v[:, :length]), ring, 1, sizes, "ring backward", settings)
             if q.shape[1] and k.shape[1]:
-                parts = ring.impl.part_gradients(grad, q, k, v, output, lse, metadata)
-                for total, part in zip((grad_q, grad_k, grad_v), parts, strict=True):
-                    total += part
+                grad_q, grad_k, grad_v = ring.impl.part_gradients(grad, q, k, v, output, lse, metadata)
+            else:
+                grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
             carried = None
             for step in range(1, ring.size):
                 held = coming.wait()
                 if step + 1 < ring.size:
                     coming = _shift(held, ring, step + 1, sizes, "ring backward", settings)
-                grads = torch.zeros(held.shape, dtype=dtype, device=held.device)
-                if q.shape[1] and ring.sees(lengths, (ring.rank - step) % ring.size):
-                    part_q, part_k, part_v = ring.other_impl.part_gradients(
-                        grad, q, *_unpack(held), output, lse, metadata
-                    )
-                    grad_q += part_q
-                    grads[:, 0], grads[:, 1] = part_k.transpose(0, 1), part_v.transpose(0, 1)
+                if q.shape[1] and ring.sees(lengths, step):
+                    part_q, *of_keys = ring.other_impl.part_gradients(grad, q, *_unpack(held), output, lse, metadata)
+                    grad_q = grad_q.to(dtype) + part_q
+                    grads = _pack(*of_keys, dtype)
+                else:
+                    grads = torch.zeros(held.shape, dtype=dtype, device=held.device)
                 if carried is not None:
                     grads += carried.wait()
                 carried = _shift(grads, ring, step + 1, sizes, "ring gradients", settings)
             if carried is not None:
-                home_k, home_v = _unpack(carried.wait())
-                grad_k[:, :length] += home_k
-                grad_v[:, :length] += home_v
-        grads_in = tuple(total.to(x.dtype) for total, x in zip((grad_q, grad_k, grad_v), (q, k, v), strict=True))
-        return *grads_in, None, None, None, None
+                home = _unpack(carried.wait())
+                grad_k, grad_v = (_with_home(own, x, length) for own, x in zip((grad_k, grad_v), home, strict=True))
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None, None
+
+
+def _with_home(own: torch.Tensor, home: torch.Tensor, length: int) -> torch.Tensor:
+    """Return a rank's gradient of its keys, and of those behind its shard, with what came home for the shard."""
+    total = own.to(home.dtype, copy=True)
+    total[:, :length] += home
+    return total
 
 
 @dataclass(frozen=True)
@@ -147,10 +154,10 @@ class _Sizes:
     text: int
 
 
-def _pack(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _pack(k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Return both as one `[L, 2, B, H, D]`."""
     batch, length, heads, dim = k.shape
-    packed = k.new_empty(length, 2, batch, heads, dim)
+    packed = k.new_empty(length, 2, batch, heads, dim, dtype=dtype)
     packed[:, 0], packed[:, 1] = k.transpose(0, 1), v.transpose(0, 1)
     return packed
 
