@@ -7,9 +7,9 @@
 The sequence is Wan 14B's: 75,600 tokens of 40 heads of 128 channels in bfloat16. Efficiency is T1 / (P * TP): T1 is LocalAttention
 on the whole sequence, on all ranks at once, as heat and power are shared; TP the distributed layer. Ranks are aligned before
 each run and the slowest counts; T1 is measured before and after TP, and a row whose two T1 differ by more than 2 % says so.
-Nothing is timed whose result is wrong on a short sequence in the same process. On one GPU it times one rank's share of the
-work with the transfers left out: an upper bound of the efficiency, and what the layer adds where it is alone. What is computed and not measured, for more
-GPUs than there are, is in rows of their own, made from this run's numbers alone.
+Nothing is timed whose result is wrong on a short sequence in the same process. On one GPU it times one rank's share of the work,
+transfers left out, an upper bound of the efficiency, and what the layer adds where it is alone. What is computed and not
+measured, for more GPUs than there are, is in rows of their own, made from this run's numbers alone.
 """
 
 import argparse

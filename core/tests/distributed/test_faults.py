@@ -1,6 +1,10 @@
 """Ranks that disagree, or do not come: every one ends in time, before wrong data can be read, and says why."""
 
+import os
 import re
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -68,3 +72,47 @@ def test_a_job_that_hangs_fails_with_a_message(tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "JOB_TIMEOUT", 1.0)
     with pytest.raises(AssertionError, match=r"hang\(\): no answer from ranks \[0\] of 1 within 1 s"):
         pool.Pool(1, tmp_path).run("hang")
+
+
+def test_a_group_of_a_name_that_was_used_before_agrees_anew(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d as c10d
+
+    from attnmux.distributed.agreement import agree
+
+    for place in ("first", "second"):
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/{place}", rank=0, world_size=1)
+        try:
+            group = c10d._resolve_process_group(dist.group.WORLD.group_name)
+            store = c10d._world.pg_map[group][1]
+            agree(group, "operation=test", 1.0, every_call=False)
+            assert store.check(["attnmux/0/0"])
+            agree(group, "operation=other", 1.0, every_call=False)
+            assert store.check(["attnmux/1/0"])
+        finally:
+            dist.destroy_process_group()
+            del group, store
+
+
+AT_EXIT = """
+import atexit
+import torch.distributed as dist
+from attnmux import init_sequence_parallel
+
+# registered first, so run last
+atexit.register(lambda: print("initialised" if dist.is_initialized() else "destroyed"))
+init_sequence_parallel(backend="gloo", timeout=5.0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "found"), [("", "destroyed"), ("raise SystemExit(3)", "destroyed"), ("1 / 0", "initialised")]
+)
+def test_what_was_initialised_is_destroyed_at_exit_unless_an_error_ends_the_program(ending, found):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-c", AT_EXIT + ending]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+    assert done.stdout.strip() == found, done.stderr
