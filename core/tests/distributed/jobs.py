@@ -426,15 +426,32 @@ def _ones(rows, dtype=torch.float64):
 
 
 def disagree(sp, field):
+    from attnmux import BackendSpec
+    from attnmux.distributed import collective
+    from attnmux.testing import FAKE_CAPABILITIES, FakeBackend, installed
+
     odd = sp.rank == sp.size - 1
     own = _own_group(sp, 5.0)
-    layer = DistributedAttention(
-        4, DIM, sp_group=own, backend="TORCH_SDPA", softmax_scale=0.3 if field == "softmax_scale" and odd else 0.5
-    )
+    fake = BackendSpec("FAKE_ATTN", target="fake:Fake", capabilities=FAKE_CAPABILITIES)
+    with installed(fake, FakeBackend):
+        layer = DistributedAttention(
+            4,
+            DIM,
+            sp_group=own,
+            backend="FAKE_ATTN" if field == "backend" and odd else "TORCH_SDPA",
+            softmax_scale=0.3 if field == "softmax_scale" and odd else 0.5,
+            strategy="ring" if field == "strategy" and odd else "ulysses",
+        )
     x = _ones(5 if field == "rows" and odd else 4, torch.float32 if field == "dtype" and odd else torch.float64)
     text = [_ones(2 if field == "text" and odd else 1, x.dtype)] * 3
-    with count_traffic() as traffic:
-        found = _failure(lambda: layer(x, x, x, None, *text))
+    version = collective._VERSION
+    if field == "version" and odd:
+        collective._VERSION = "0.0.1"
+    try:
+        with count_traffic() as traffic:
+            found = _failure(lambda: layer(x, x, x, None, *text))
+    finally:
+        collective._VERSION = version
     assert traffic.collectives == 0, "data moved before the ranks agreed"
     return found
 
