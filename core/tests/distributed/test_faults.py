@@ -59,11 +59,8 @@ def test_a_rank_that_misses_the_backward_pass_is_named_in_time(pools):
 @pytest.mark.parametrize(
     ("size", "strategy", "backward", "operation"),
     [
-        (2, "ulysses", False, "to_heads"),
         (4, "ulysses", True, "to_shards backward"),
         (2, "ring", False, "ring"),
-        (2, "ring", True, "ring backward"),
-        (2, "allgather_kv", False, "gather"),
         (2, "allgather_kv", True, "gather backward"),
     ],
 )

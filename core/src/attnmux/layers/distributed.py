@@ -105,6 +105,15 @@ class _SequenceParallel(AttentionLayer):
         self._heads = heads
         if heads is not None:
             self.attn_impl.set_head_range(*heads.q[inner.rank], total=num_heads)
+        # here and not in forward: a compiler may take a float attribute for a variable, which has no text
+        fixed = {
+            "backend": self.backend_name,
+            "strategy": strategy,
+            "heads": [num_heads, self.num_kv_heads, head_size],
+            "causal": causal,
+            "softmax_scale": float(self.attn_impl.softmax_scale),
+        }
+        self._settings = tuple(describe(group, fixed) for group in (inner, outer))
         self._ring: Ring | None = None
         if outer.size == 1:
             return
@@ -174,25 +183,17 @@ class _SequenceParallel(AttentionLayer):
             output, text_output = self._attend(q, k, v, text, metadata, extra)
             return _padded(output, rows), text_output
 
-        fields = {
-            "backend": self.backend_name,
-            "strategy": self.strategy,
-            "heads": [self.num_heads, self.num_kv_heads, self.head_size],
-            "extra_inputs": sorted(extra),
-            "rotary": freqs_cis is not None,
-            "causal": bool(self.attn_impl.causal),
-            "softmax_scale": float(self.attn_impl.softmax_scale),
-            "grad": torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *extra.values(), *text)),
-        }
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *extra.values(), *text))
+        of_call = f"\nextra_inputs={sorted(extra)}\nrotary={freqs_cis is not None}\ngrad={needs_grad}"
+        near_settings, far_settings = (settings + of_call for settings in self._settings)
         if self._heads is None:
-            output = self._attend_across((q, k, v), text, metadata, plan.lengths, describe(self._outer, fields))
+            output = self._attend_across((q, k, v), text, metadata, plan.lengths, far_settings)
             return _padded(output[:, :length], rows), output[:, length:] if text else None
 
         near = plan.part(rank - self._inner.rank, rank - self._inner.rank + self._inner.size)
-        settings = describe(self._inner, fields)
         tensors = [q, k, v, *extra.values()]
         heads = [self._heads.q, self._heads.kv, self._heads.kv, *(self._heads.q for _ in extra)]
-        q, k, v, *rest = to_heads(tensors, list(text), heads, near, self._inner.rank, settings)
+        q, k, v, *rest = to_heads(tensors, list(text), heads, near, self._inner.rank, near_settings)
         total, tail = near.length, q.shape[1] - near.length
         if not q.shape[2]:
             # no head of its own: the empty q keeps the exchange in the graph, whose backward other ranks wait for
@@ -200,7 +201,7 @@ class _SequenceParallel(AttentionLayer):
         elif self._ring is not None:
             size = self._inner.size
             lengths = tuple(sum(plan.lengths[first : first + size]) for first in range(0, self.sp.size, size))
-            output = ring_attention(q, k, v, self._ring, metadata, lengths, describe(self._outer, fields))
+            output = ring_attention(q, k, v, self._ring, metadata, lengths, far_settings)
         else:
             gates = dict(zip(extra, rest, strict=True))
             if tail and self._preprocesses:
@@ -211,7 +212,7 @@ class _SequenceParallel(AttentionLayer):
                 output = torch.cat((video, text_output), dim=1)
             else:
                 output, _ = self._attend(q, k, v, (), metadata, gates)
-        shard, text_output = to_shards(output, self._heads.q, near, self._inner.rank, settings)
+        shard, text_output = to_shards(output, self._heads.q, near, self._inner.rank, near_settings)
         return shard, text_output if text else None
 
     def _attend_across(
