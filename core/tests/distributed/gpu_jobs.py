@@ -65,6 +65,39 @@ def strategy(sp, name, backend, causal, text):
             near(total.to(x.dtype), which, rest, f"{name}: gradient of text {which}")
 
 
+def sparse(sp, backend):
+    """Backends that choose keys head by head give the bits of one process, forward and backward, through strided views."""
+    from attnmux import LocalAttention
+
+    grid, heads = (8, 8, 9), 3
+    length, options, metadata = grid[0] * grid[1] * grid[2], {"backend": backend, "dtype": torch.bfloat16}, None
+    if backend == "VIDEO_SPARSE_ATTN":
+        from attnmux_vsa.backend import VideoSparseAttentionMetadataBuilder
+
+        metadata = VideoSparseAttentionMetadataBuilder().build(0, grid, (1, 1, 1), 0.5, device=torch.device("cuda"))
+    elif backend == "BLOCK_SPARSE_ATTN":
+        from attnmux_blocksparse import BlockIndex
+        from attnmux_blocksparse.backend import BlockSparseAttentionMetadata
+
+        mask = torch.rand(heads, 9, 9, generator=torch.Generator().manual_seed(3)) < 0.5
+        metadata = BlockSparseAttentionMetadata(0, BlockIndex.from_block_mask(mask.cuda(), block_q=64, block_k=64))
+    generator = torch.Generator("cuda").manual_seed(0)
+    tensors = [torch.randn(1, length, heads, DIM, generator=generator, device="cuda").bfloat16() for _ in range(4)]
+    plan = SeqPlan.balanced(length, sp.size)
+    own = slice(*plan.range_of(sp.rank))
+
+    def run(layer, rows, **inputs):
+        leaves = [x[:, rows].clone().requires_grad_() for x in tensors[:3]]
+        output = layer.cuda()(*leaves, attn_metadata=metadata, **inputs)
+        output = output[0] if isinstance(output, tuple) else output
+        output.backward(tensors[3][:, rows])
+        return [output.detach(), *(x.grad for x in leaves)]
+
+    found = run(DistributedAttention(heads, DIM, sp_group=sp, **options), own, plan=plan)
+    for which, (x, y) in enumerate(zip(found, run(LocalAttention(heads, DIM, **options), slice(None)), strict=True)):
+        assert torch.equal(x, y[:, own]), f"{backend}: other bits in {which}"
+
+
 def one_rank(sp):
     """The exchanges run over NCCL, and in a CUDA graph, with a single rank, which a layer would do without."""
     assert dist.get_backend() == "nccl"

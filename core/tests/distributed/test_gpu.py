@@ -32,6 +32,13 @@ def test_two_ranks_match_float64_in_bfloat16(gpu_pools, strategy, causal, text, 
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["VIDEO_SPARSE_ATTN", "SLA_ATTN", "BLOCK_SPARSE_ATTN"])
+def test_sparse_backends_give_the_bits_of_one_process(gpu_pools, backend):
+    available(backend)
+    gpu_pools(2).run("sparse", backend)
+
+
+@pytest.mark.gpu
 def test_the_exchanges_run_over_nccl_with_one_rank_and_in_a_cuda_graph(gpu_pools):
     gpu_pools(1).run("one_rank")
 
