@@ -126,9 +126,11 @@ class _RingAttention(torch.autograd.Function):
                 if step + 1 < ring.size:
                     coming = _shift(held, ring, step + 1, sizes, "ring backward", settings)
                 if q.shape[1] and ring.sees(lengths, step):
-                    part_q, *of_keys = ring.other_impl.part_gradients(grad, q, *_unpack(held), output, lse, metadata)
+                    part_q, part_k, part_v = ring.other_impl.part_gradients(
+                        grad, q, *_unpack(held), output, lse, metadata
+                    )
                     grad_q = grad_q.to(dtype) + part_q
-                    grads = _pack(*of_keys, dtype)
+                    grads = _pack(part_k, part_v, dtype)
                 else:
                     grads = torch.zeros(held.shape, dtype=dtype, device=held.device)
                 if carried is not None:
