@@ -236,11 +236,11 @@ def parameter(sp):
     near(mean / sp.size, local.attn_impl.weight.grad, "gradient of the parameter", "gradient")
 
 
-def gradient_of_one(sp):
+def gradient_of_one(sp, strategy):
     """Gradients are asked for of k alone, and in inference mode of nothing."""
     video, _, _, _ = case(sp.size, 8, 1, 4, 4, 0)
     plan = SeqPlan.balanced(8, sp.size)
-    layer = DistributedAttention(4, DIM, sp_group=sp, backend="TORCH_SDPA", dtype=torch.float64)
+    layer = DistributedAttention(4, DIM, sp_group=sp, strategy=strategy, backend="TORCH_SDPA", dtype=torch.float64)
     all_three = shards(video, plan, sp.rank)
     want, _ = layer(*all_three)
     want.square().sum().backward()

@@ -82,8 +82,9 @@ def test_the_mean_of_a_parameters_gradients_is_the_gradient_of_the_mean(pools, s
     pools(size).run("parameter")
 
 
-def test_one_gradient_alone_is_the_same(pools):
-    pools(2).run("gradient_of_one")
+@pytest.mark.parametrize("strategy", ["ulysses", "ring", "allgather_kv"])
+def test_one_gradient_alone_is_the_same_and_inference_mode_runs(pools, strategy):
+    pools(2).run("gradient_of_one", strategy)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
