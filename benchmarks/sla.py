@@ -5,8 +5,9 @@
     python benchmarks/sla.py out.json --device cpu --quick     (a dry run: the reference engine on tiny shapes)
 
 Every number comes after a check: one head of the module's output and gradients against float64 in the same process. Peers: torch's
-own dense attention, and `sparse_linear_attention` of the public SLA package where that is importable. The file is written
-after each measurement. The environment variable COMMIT names the commit where there is no git.
+own dense attention, and `sparse_linear_attention` of the public SLA package where that is importable. A CUDA graph's row is the
+device's time without the host's launches. The file is written after each measurement. The environment variable COMMIT names the
+commit where there is no git.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 import time
 
 import torch
+from captured import captured
 from peers import DENSE_PEERS
 from peers.sla_main import sla_main
 
@@ -111,7 +113,14 @@ def timed_rows(case, impl, index, tensors, errors, clock, environment, budget_s)
             lambda out=out, wanted=wanted: torch.autograd.grad(out, wanted, dout, retain_graph=True),
         )
     with torch.no_grad():
-        yield row("block map alone", "forward", lambda: select_blocks(*inputs[:2], topk_ratio=case.keep), pairs=0)
+
+        def block_lists():
+            return select_blocks(*inputs[:2], topk_ratio=case.keep).blocks
+
+        yield row("block map alone", "forward", block_lists, pairs=0)
+        if inputs[0].is_cuda:
+            yield row("module, CUDA graph", "forward", captured(lambda: impl(*inputs)))
+            yield row("block map alone, CUDA graph", "forward", captured(block_lists), pairs=0)
 
 
 def part_times(case, impl, index, tensors, clock, budget_s):

@@ -17,6 +17,7 @@ import sys
 import time
 
 import torch
+from captured import captured
 from peers import DENSE_PEERS
 from peers.fastvideo_vsa import video_sparse_attention as fastvideo
 
@@ -82,19 +83,6 @@ def runs_of(case, tiling, tensors, device):
         lambda: torch.autograd.grad(fine, tiled_leaves, tiled[3], retain_graph=True),
     )  # fmt: skip
     yield "operator, no gate", "forward", torch.no_grad()(lambda: attend(*inputs[:3], None, tiling))
-
-
-def captured(run):
-    """The replay of a CUDA graph of a function: its time without that of the host's launches."""
-    expected = run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-    graph.replay()
-    if not torch.equal(out, expected):
-        raise RuntimeError("the graph's output is not that of the call it was captured from")
-    return graph.replay
 
 
 def peak_of_step(run, tensors):

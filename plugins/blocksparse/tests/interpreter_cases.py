@@ -10,6 +10,7 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_kernels.py"
 # The interpreter is chosen by the variable above, before triton is imported.
 # ruff: noqa: E402
 from blocksparse_scenarios import Scenario, assert_call_is_right, make_tensors
+from raster_scenarios import make_raster
 
 from attnmux_blocksparse import BlockIndex, prepare, reference
 from attnmux_blocksparse.kernels import backward, forward, select
@@ -191,3 +192,23 @@ def test_selection_orders_ties_nan_infinity_and_signed_zeros_as_the_sort():
         found = launch_select(torch.ones(1, 1, 1, 16), spread, kept, 0, 1.0)
         best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :kept].sort(-1).values
         assert found.flatten().tolist() == best.flatten().tolist()
+
+
+@pytest.mark.parametrize(("grid", "tile"), [((4, 8, 12), (4, 4, 4)), ((4, 8, 16), (2, 8, 8)), ((8, 4, 8), (4, 4, 8))])
+def test_tiles_in_the_raster_have_the_gradients_of_tiles_in_a_row(grid, tile):
+    (q, k, v, dout), tokens, flat, raster = make_raster(grid, tile)
+    scale, config = 0.3, BackwardConfig(64, 64, 4, 1)
+    rows = [x[:, tokens].contiguous() for x in (q, k, v, dout)]
+    out, lse = reference.attention_forward(*rows[:3], flat, scale)
+    in_raster = torch.empty_like(out)
+    in_raster[:, tokens] = out
+    stats = backward.launch_stats(in_raster, dout, lse, None, raster.raster)
+    for got, want in zip(stats, backward.launch_stats(out, rows[3], lse, None), strict=True):
+        assert torch.equal(got[..., : len(tokens)], want[..., : len(tokens)])
+    wanted = [torch.empty_like(x) for x in rows[1:3]]
+    got = [torch.full_like(x, float("nan")) for x in (k, v)]
+    common = {"softmax_scale": scale, "config": config}
+    backward.launch_dkdv(*rows, *stats, *wanted, flat, **common)
+    backward.launch_dkdv(rows[0], k, v, rows[3], *stats, *got, raster, **common)
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a[:, tokens], b)

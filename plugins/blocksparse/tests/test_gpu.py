@@ -3,6 +3,7 @@
 import pytest
 import torch
 from blocksparse_scenarios import Scenario, assert_call_is_right, make_tensors
+from raster_scenarios import make_raster
 
 from attnmux.errors import UnsupportedRequestError
 from attnmux_blocksparse import BlockIndex, block_sparse_attention, reference, select_top_blocks
@@ -321,3 +322,39 @@ def test_a_selected_score_that_underflows_equals_zero():
     q[..., 0], k[..., :100, 0] = 1e-30, -1e-30
     lists = select_top_blocks(q, k, 150)
     assert torch.equal(lists.flatten(), torch.arange(150, device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("grid", "tile", "dtype"),
+    [
+        ((8, 16, 12), (4, 4, 4), torch.bfloat16),
+        ((8, 16, 12), (4, 4, 4), torch.float16),
+        ((4, 16, 24), (4, 8, 8), torch.bfloat16),
+        ((8, 8, 16), (4, 4, 8), torch.bfloat16),
+        ((4, 8, 32), (1, 4, 16), torch.bfloat16),
+        ((4, 4, 4), (4, 4, 4), torch.bfloat16),
+    ],
+)
+def test_tiles_in_the_raster_are_attended_to_like_tiles_in_a_row(grid, tile, dtype):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the Hopper engine's")
+    from attnmux_blocksparse.kernels import launch
+    from attnmux_blocksparse.kernels.backward import launch_stats
+
+    (q, k, v, dout), tokens, flat, raster = make_raster(grid, tile, head_dim=128, dtype=dtype, device="cuda")
+    rows = [x[:, tokens].contiguous() for x in (q, k, v, dout)]
+    scale = 0.1
+    out, lse = launch.attention_forward("hopper", *rows[:3], flat, scale)
+    got, got_lse = launch.attention_forward("hopper", q, k, v, raster, scale)
+    assert torch.equal(got[:, tokens], out)
+    assert torch.equal(got_lse, lse)
+    stats = launch_stats(got, dout, lse, None, raster.raster)
+    for a, b in zip(stats, launch_stats(out, rows[3], lse, None), strict=True):
+        assert torch.equal(a[..., : len(tokens)], b[..., : len(tokens)])
+    wanted = [torch.empty_like(x) for x in rows[:3]]
+    grads = [torch.full_like(x, float("nan")) for x in (q, k, v)]
+    launch.attention_gradients("hopper", rows[3], *stats, *rows[:3], *wanted, flat, scale)
+    launch.key_gradients(rows[3], *stats, rows[0], k, v, *grads[1:], raster, scale)
+    launch.query_gradients("hopper", dout, *stats, q, k, v, grads[0], raster, scale)
+    for a, b in zip(grads, wanted, strict=True):
+        assert torch.equal(a[:, tokens], b)

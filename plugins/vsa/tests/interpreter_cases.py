@@ -38,7 +38,8 @@ def test_the_whole_path_is_the_reference(name):
 
 def test_padding_of_tiles_is_zero_and_counts_in_no_mean():
     q, _, _, _, _, tiling = make_tensors(BASE.but(grid=(5, 7, 3)))
-    tiled, means = tiles.tile(q, *tables_of(tiling), True)
+    (tiled, *_), (means, *_) = tiles.read_inputs(q, q, q, *tables_of(tiling), with_tiles=True, with_v_mean=False)
+    assert torch.equal(tiled, tiles.tile(q, *tables_of(tiling)))
     is_padding = tiling.token_of_slot < 0
     assert (tiled[:, :, is_padding] == 0).all()
     for tile, size in enumerate(tiling.variable_block_sizes.tolist()):
@@ -62,8 +63,8 @@ def test_coarse_attention_and_its_gradients(n_tiles, heads, heads_k):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_backward_keeps_tiles_and_not_the_raster_tensors(gated):
-    """The large tensors kept are q, k, v in tiles, the fine branch and the gate; the rest is of the means' size."""
+def test_backward_keeps_the_inputs_and_one_branch(gated):
+    """The large tensors kept are q, k, v, the gate and one more: the fine branch, or without a gate the output."""
     q, k, v, gate, _, tiling = make_tensors(BASE.but(grid=(8, 8, 8), gate=gated))
     for x in (q, k, v, *([gate] if gated else [])):
         x.requires_grad_()
@@ -74,11 +75,19 @@ def test_backward_keeps_tiles_and_not_the_raster_tensors(gated):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        ops._by_kernels(q, k, v, tiling, tiling.topk, 0.2, gate, None)
-    places = {x.untyped_storage().data_ptr() for x in (q, k, v)}
-    assert not places & set(kept)
-    sizes = [x.untyped_storage().nbytes() for x in kept.values()]
+        out = ops._by_kernels(q, k, v, tiling, tiling.topk, 0.2, gate, None)
+    given = {x.untyped_storage().data_ptr() for x in (q, k, v, gate) if x is not None}
+    assert given <= set(kept)
+    own = {place: x.untyped_storage().nbytes() for place, x in kept.items() if place not in given}
     whole = q.untyped_storage().nbytes()
-    large = [size for size in sizes if size > whole // 8]
-    assert large == [whole] * (5 if gated else 4)
-    assert sum(sizes) - sum(large) < whole // 2
+    assert [size for size in own.values() if size > whole // 8] == [whole]
+    assert (out.untyped_storage().data_ptr() in own) == (not gated)
+    assert sum(own.values()) < 1.5 * whole
+
+
+def test_the_operator_passes_opcheck():
+    q, k, v, gate, _, tiling = make_tensors(BASE.but(grid=(4, 8, 5)))
+    for gates in (gate, None):
+        leaves = [x if x is None else x.requires_grad_() for x in (q, k, v, gates)]
+        arguments = (*leaves, tiling.token_of_slot, tiling.slot_grid, tiling.variable_block_sizes, [4, 4, 4], 2, 0.2)
+        torch.library.opcheck(torch.ops.attnmux_vsa.forward.default, (*arguments, None, True))

@@ -4,7 +4,6 @@ import pytest
 import torch
 from vsa_scenarios import BASE, CASES, assert_follows_error_rule, make_tensors, run, torch_attention
 
-from attnmux import set_forward_context
 from attnmux_blocksparse import select_top_blocks
 from attnmux_vsa import VideoSparseAttentionImpl, VideoSparseAttentionMetadataBuilder, video_sparse_attention
 from attnmux_vsa.ops import select_tiles
@@ -30,6 +29,15 @@ GPU_CASES = {
     "tile_448": HALF.but(tile=(4, 4, 8), grid=(8, 16, 24), topk=5),
     "gqa_d128": HALF.but(heads=8, heads_k=2),
     "batch_2": HALF.but(batch=2),
+    # the tile divides the grid: fetched from the raster where the card is sm90
+    "raster": HALF.but(grid=(8, 16, 12)),
+    "raster_no_gate": HALF.but(grid=(8, 16, 12), gate=False),
+    "raster_gqa_batch_2": HALF.but(grid=(8, 16, 12), heads=4, heads_k=2, batch=2),
+    "raster_packed": HALF.but(grid=(8, 16, 12), layout="packed"),
+    "raster_heads_first_batch_2": HALF.but(grid=(8, 16, 12), layout="bhsd", batch=2),
+    "raster_float16": HALF.but(grid=(8, 16, 12), dtype=torch.float16),
+    "raster_negative_scale": HALF.but(grid=(8, 16, 12), scale=-0.1),
+    "raster_scale_16": HALF.but(grid=(8, 16, 12), magnitude=16.0),
 }
 
 
@@ -136,18 +144,13 @@ def test_it_compiles_whole_and_sparsity_and_grid_recompile_nothing():
     assert len(frames) <= 2
 
 
-@pytest.mark.parametrize("gate", [False, True])
-def test_operators_pass_opcheck(gate):
-    q, _, _, gates, _, tiling = make_tensors(HALF, "cuda")
-    tables = (tiling.token_of_slot, tiling.slot_of_token, tiling.variable_block_sizes)
-    q = q.requires_grad_()
-    torch.library.opcheck(torch.ops.attnmux_vsa.tile.default, (q, *tables, gate))
-    means = [torch.randn(1, 2, 9, 128, device="cuda", requires_grad=True) for _ in range(3)]
-    torch.library.opcheck(torch.ops.attnmux_vsa.coarse.default, (*means, 0.1))
-    fine = torch.randn(1, len(tables[0]), 2, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    coarse = torch.randn(1, 2, len(tables[2]), 128, device="cuda", requires_grad=True)
-    optional = (coarse, gates.requires_grad_()) if gate else (None, None)
-    torch.library.opcheck(torch.ops.attnmux_vsa.untile.default, (fine, *optional, *tables))
+@pytest.mark.parametrize("grid", [(9, 10, 12), (8, 16, 12)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_operator_passes_opcheck(gated, grid):
+    q, k, v, gate, _, tiling = make_tensors(HALF.but(grid=grid, gate=gated), "cuda")
+    leaves = [x if x is None else x.requires_grad_() for x in (q, k, v, gate)]
+    arguments = (*leaves, tiling.token_of_slot, tiling.slot_grid, tiling.variable_block_sizes, [4, 4, 4], 5, 0.1)
+    torch.library.opcheck(torch.ops.attnmux_vsa.forward.default, (*arguments, None, True))
 
 
 def test_a_layer_keeps_no_buffer_of_another():
@@ -160,16 +163,40 @@ def test_a_layer_keeps_no_buffer_of_another():
         assert torch.equal(a, b)
 
 
-def test_peak_memory_of_forward_and_index():
-    """No tensor of all pairs of tiles: the peak of a call is a small multiple of q."""
-    metadata = VideoSparseAttentionMetadataBuilder().build(0, (32, 32, 32), (1, 1, 1), 0.9, "cuda")
-    q, k, v = (torch.randn(1, 32768, 4, 128, device="cuda").bfloat16() for _ in range(3))
-    impl = VideoSparseAttentionImpl(4, 128)
-    with torch.no_grad(), set_forward_context(current_timestep=0, attn_metadata=metadata):
-        impl.forward(q, k, v, metadata)
+@pytest.mark.parametrize(("grid", "forward", "step"), [((32, 32, 32), 1.6, 1.3), ((29, 34, 34), 6.0, 2.0)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_peak_memory(grid, forward, step, gated):
+    """No tensor of all pairs of tiles, and from the raster no copy of a token.
+
+    forward: what a call takes besides its inputs, in sizes of q. step: forward and backward, inputs included, next to dense.
+    """
+    tiling = build_video_tiling(grid, sparsity=0.9, device="cuda")
+    tensors = [torch.randn(1, tiling.total_seq_length, 4, 128, device="cuda").bfloat16() for _ in range(5)]
+    q, k, v, dout, gate = tensors if gated else [*tensors[:4], None]
+
+    def peak(run):
+        run()
+        torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        impl.forward(q, k, v, metadata)
-        extra = torch.cuda.max_memory_allocated() - before
-    # three tiled inputs, the fine branch, the output
-    assert extra <= 5.5 * q.numel() * 2
+        run()
+        return torch.cuda.max_memory_allocated() - before
+
+    def attend(*leaves):
+        gates = leaves[3] if gated else None
+        return video_sparse_attention(*leaves[:3], tiling, gate_compress=gates)
+
+    def dense(q, k, v, *_):
+        rows = [x.transpose(1, 2) for x in (q, k, v)]
+        return torch.nn.functional.scaled_dot_product_attention(*rows).transpose(1, 2)
+
+    def train(run):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v, gate) if x is not None]
+        return torch.autograd.grad(run(*leaves), leaves, dout, allow_unused=True)
+
+    whole = q.numel() * 2
+    with torch.no_grad():
+        assert peak(lambda: attend(q, k, v, gate)) <= forward * whole
+    if step < 2:
+        inputs = whole * (5 if gated else 4)
+        assert peak(lambda: train(attend)) + inputs <= step * (peak(lambda: train(dense)) + 4 * whole)

@@ -1,7 +1,6 @@
 """Video Sparse Attention as functions of tensors: check, prepare, compute.
 
-The kernels' part is four operators known to autograd, torch.compile and CUDA graphs (tile, coarse, untile, and the block-sparse
-operator between them), so that each saves only what its own gradient needs.
+The kernels' part is one operator known to autograd, torch.compile and CUDA graphs.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ from typing import Any
 import torch
 
 from attnmux.errors import ForwardContextError, UnsupportedRequestError
-from attnmux_blocksparse.index import BlockIndex
-from attnmux_blocksparse.ops import block_sparse_attention, select_top_blocks
 from attnmux_vsa.kernels import ENGINES, choose_engine
 from attnmux_vsa.prepare import VideoTiling, resolve_topk, tile_tokens
 from attnmux_vsa.reference import (
@@ -25,9 +22,6 @@ from attnmux_vsa.reference import (
 )
 
 __all__ = ["ENGINES", "select_tiles", "video_sparse_attention"]
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-Triplet = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -89,8 +83,7 @@ def video_sparse_attention(
     kept = _resolve_topk(topk, sparsity, tiling)
     scale = _resolve_scale(softmax_scale, q.shape[3])
     if chosen == "triton":
-        with torch.autocast(q.device.type, enabled=False):
-            return _by_kernels(q, k, v, tiling, kept, scale, gate_compress, conform)
+        return _by_kernels(q, k, v, tiling, kept, scale, gate_compress, conform)
     return video_sparse_attention_reference(
         q,
         k,
@@ -145,7 +138,9 @@ def select_tiles(
             for x in (q, k)
         ]
         if choose_engine(None, q, volume) == "triton":
-            return _kept_tiles(means[0], means[1], kept, scale, conform).long()
+            from attnmux_vsa.attend import choose_tiles
+
+            return choose_tiles(means[0].contiguous(), means[1].contiguous(), kept, scale, conform).long()
         return keep_top_tiles(score_means(means[0], means[1], scale, conform=conform), kept)
 
 
@@ -159,50 +154,13 @@ def _by_kernels(
     gate: torch.Tensor | None,
     conform: str | None,
 ) -> torch.Tensor:
-    """The operator by Triton kernels and the block-sparse operator; arguments are checked."""
-    tables = (tiling.token_of_slot, tiling.slot_of_token, tiling.variable_block_sizes)
-    with_coarse = gate is not None
-    q_tiles, q_means = torch.ops.attnmux_vsa.tile(q, *tables, True)
-    k_tiles, k_means = torch.ops.attnmux_vsa.tile(k, *tables, True)
-    v_tiles, v_means = torch.ops.attnmux_vsa.tile(v, *tables, with_coarse)
-    with torch.no_grad():
-        blocks = _kept_tiles(q_means.detach(), k_means.detach(), kept, scale, conform)
-    volume = math.prod(tiling.tile_size)
-    index = BlockIndex(
-        blocks,
-        blocks.new_full(blocks.shape[:3], blocks.shape[3]),
-        num_key_blocks=tiling.variable_block_sizes.shape[0],
-        block_q=volume,
-        block_k=volume,
-        # Padding is zeros: queries there attend to something that is thrown away, and their gradients are zero.
-        k_lengths=tiling.variable_block_sizes if tiling.has_padding else None,
-        finite_padding=True,
-        even_rows=True,
-    )
-    fine = block_sparse_attention(
-        q_tiles.transpose(1, 2), k_tiles.transpose(1, 2), v_tiles.transpose(1, 2), index, softmax_scale=scale
-    )
-    coarse = torch.ops.attnmux_vsa.coarse(q_means, k_means, v_means, scale)[0] if with_coarse else None
-    out: torch.Tensor = torch.ops.attnmux_vsa.untile(fine, coarse, gate, *tables)
+    """The operator by Triton kernels and the block-sparse operator's; arguments are checked."""
+    keeps = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, gate))
+    out: torch.Tensor = torch.ops.attnmux_vsa.forward(
+        q, k, v, gate, tiling.token_of_slot, tiling.slot_grid, tiling.variable_block_sizes, tiling.tile_size, kept, scale,
+        conform, keeps,
+    )[0]  # fmt: skip
     return out
-
-
-def _kept_tiles(
-    q_means: torch.Tensor, k_means: torch.Tensor, kept: int, scale: float, conform: str | None
-) -> torch.Tensor:
-    """The kept tiles, int32 `[B, H, N, kept]`, ascending."""
-    if conform is None:
-        # of the scale only its sign matters for the order
-        order = float((scale > 0) - (scale < 0))
-        return select_top_blocks(q_means, k_means, kept, order=order)
-    heads = range(q_means.shape[1])
-    group = q_means.shape[1] // k_means.shape[1]
-    # head by head, so that the scores of one head are the largest tensor
-    rows = [
-        keep_top_tiles(score_means(q_means[:, h : h + 1], k_means[:, h // group, None], scale, conform=conform), kept)
-        for h in heads
-    ]
-    return torch.cat(rows, dim=1).to(torch.int32)
 
 
 def check_conform(conform: str | None) -> str | None:
@@ -296,212 +254,118 @@ def _resolve_scale(softmax_scale: float | None, head_size: int) -> float:
     return softmax_scale
 
 
-# The operators of the kernels' path. Tables: token_of_slot int32 [N * M], slot_of_token int64 [S], tile_sizes int32 [N].
-
-
-@torch.library.custom_op("attnmux_vsa::tile", mutates_args=())
-def _tile_op(
-    x: torch.Tensor,
+@torch.library.custom_op("attnmux_vsa::forward", mutates_args=())
+def _forward_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate: torch.Tensor | None,
     token_of_slot: torch.Tensor,
-    slot_of_token: torch.Tensor,
+    slot_grid: torch.Tensor,
     tile_sizes: torch.Tensor,
-    with_mean: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from attnmux_vsa.kernels import tiles
-
-    result: Pair = tiles.tile(_with_rows(x), token_of_slot, tile_sizes, with_mean)
-    return result
-
-
-@_tile_op.register_fake
-def _(
-    x: torch.Tensor,
-    token_of_slot: torch.Tensor,
-    slot_of_token: torch.Tensor,
-    tile_sizes: torch.Tensor,
-    with_mean: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, _, heads, head_size = x.shape
-    n_tiles = tile_sizes.shape[0] if with_mean else 0
-    return (
-        x.new_empty(batch, heads, token_of_slot.shape[0], head_size),
-        x.new_empty(batch, heads, n_tiles, head_size, dtype=torch.float32),
-    )
-
-
-@torch.library.custom_op("attnmux_vsa::tile_backward", mutates_args=())
-def _tile_backward_op(
-    dtiles: torch.Tensor | None,
-    dmeans: torch.Tensor | None,
-    token_of_slot: torch.Tensor,
-    slot_of_token: torch.Tensor,
-    tile_sizes: torch.Tensor,
-    like: torch.Tensor,
-) -> torch.Tensor:
-    from attnmux_vsa.kernels import tiles
-
-    dtiles = None if dtiles is None else _with_rows(dtiles)
-    dmeans = None if dmeans is None else dmeans.contiguous()
-    result: torch.Tensor = tiles.tile_backward(
-        dtiles, dmeans, token_of_slot, tile_sizes, slot_of_token.shape[0], like.dtype
-    )
-    return result
-
-
-@_tile_backward_op.register_fake
-def _(
-    dtiles: torch.Tensor | None,
-    dmeans: torch.Tensor | None,
-    token_of_slot: torch.Tensor,
-    slot_of_token: torch.Tensor,
-    tile_sizes: torch.Tensor,
-    like: torch.Tensor,
-) -> torch.Tensor:
-    given = dtiles if dtiles is not None else dmeans
-    assert given is not None
-    return like.new_empty(given.shape[0], slot_of_token.shape[0], given.shape[1], given.shape[3])
-
-
-def _save_tile(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[1:4])
-    ctx.like = torch.empty(0, dtype=inputs[0].dtype, device=inputs[0].device)
-    ctx.with_mean = inputs[4]
-    ctx.set_materialize_grads(False)
-
-
-def _tile_grad(ctx: Any, dtiles: torch.Tensor | None, dmeans: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    dmeans = dmeans if ctx.with_mean else None
-    if dtiles is None and dmeans is None:
-        return (None,) * 5
-    return torch.ops.attnmux_vsa.tile_backward(dtiles, dmeans, *ctx.saved_tensors, ctx.like), None, None, None, None
-
-
-torch.library.register_autograd("attnmux_vsa::tile", _tile_grad, setup_context=_save_tile)
-
-
-@torch.library.custom_op("attnmux_vsa::coarse", mutates_args=())
-def _coarse_op(
-    q_means: torch.Tensor, k_means: torch.Tensor, v_means: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from attnmux_vsa.kernels import coarse
-
-    result: Pair = coarse.coarse_attention(q_means, k_means, v_means, scale)
-    return result
-
-
-@_coarse_op.register_fake
-def _(
-    q_means: torch.Tensor, k_means: torch.Tensor, v_means: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(q_means), q_means.new_empty(q_means.shape[:3])
-
-
-@torch.library.custom_op("attnmux_vsa::coarse_backward", mutates_args=())
-def _coarse_backward_op(
-    dout: torch.Tensor,
-    q_means: torch.Tensor,
-    k_means: torch.Tensor,
-    v_means: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
+    tile: list[int],
+    topk: int,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from attnmux_vsa.kernels import coarse
+    conform: str | None,
+    keeps: bool,
+) -> list[torch.Tensor]:
+    from attnmux_vsa import attend
 
-    result: Triplet = coarse.coarse_backward(dout.contiguous(), q_means, k_means, v_means, out, lse, scale)
-    return result
+    geometry = attend.Geometry(token_of_slot, slot_grid, tile_sizes, (tile[0], tile[1], tile[2]))
+    return list(attend.forward(q, k, v, gate, geometry, topk, scale, conform, keeps=keeps))
 
 
-@_coarse_backward_op.register_fake
+@_forward_op.register_fake
 def _(
-    dout: torch.Tensor, q_means: torch.Tensor, k_means: torch.Tensor, v_means: torch.Tensor, *_: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(q_means), torch.empty_like(k_means), torch.empty_like(v_means)
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate: torch.Tensor | None,
+    token_of_slot: torch.Tensor,
+    slot_grid: torch.Tensor,
+    tile_sizes: torch.Tensor,
+    tile: list[int],
+    topk: int,
+    scale: float,
+    conform: str | None,
+    keeps: bool,
+) -> list[torch.Tensor]:
+    batch, _, heads, head_size = q.shape
+    n_tiles, n_slots, heads_k = tile_sizes.shape[0], token_of_slot.shape[0], k.shape[2]
+    has_coarse = keeps and gate is not None
+    out = q.new_empty(q.shape)
+    fine = q.new_empty(batch, n_slots, heads, head_size) if has_coarse else q.new_empty(0)
+    lse = q.new_empty(batch, heads, n_slots, dtype=torch.float32)
+    blocks = q.new_empty(batch, heads, n_tiles, topk, dtype=torch.int32)
+    means = [
+        q.new_empty(batch, n, n_tiles, head_size, dtype=torch.float32)
+        if has_coarse
+        else q.new_empty(0, dtype=torch.float32)
+        for n in (heads, heads_k, heads_k, heads)
+    ]
+    coarse_lse = q.new_empty((batch, heads, n_tiles) if has_coarse else 0, dtype=torch.float32)
+    return [out, fine, lse, blocks, *means, coarse_lse]
 
 
-def _save_coarse(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output)
-    ctx.scale = inputs[3]
+@torch.library.custom_op("attnmux_vsa::backward", mutates_args=())
+def _backward_op(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate: torch.Tensor | None,
+    kept: list[torch.Tensor],
+    token_of_slot: torch.Tensor,
+    slot_grid: torch.Tensor,
+    tile_sizes: torch.Tensor,
+    tile: list[int],
+    scale: float,
+) -> list[torch.Tensor]:
+    from attnmux_vsa import attend
+
+    geometry = attend.Geometry(token_of_slot, slot_grid, tile_sizes, (tile[0], tile[1], tile[2]))
+    grads = attend.backward(dout, q, k, v, gate, attend.Forward(*kept), geometry, scale)
+    return [grad for grad in grads if grad is not None]
+
+
+@_backward_op.register_fake
+def _(
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor | None, *_: Any
+) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape) for x in (q, k, v, gate) if x is not None]
+
+
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    q, k, v, gate, token_of_slot, slot_grid, tile_sizes, tile, _topk, scale, _conform, keeps = inputs
+    out, fine, *rest = output
+    # With a gate the fine branch is what the backward takes; the output is not kept then.
+    ctx.save_for_backward(q, k, v, gate, fine if gate is not None else out, *rest, token_of_slot, slot_grid, tile_sizes)
+    ctx.tile, ctx.scale, ctx.keeps = tile, scale, keeps
     ctx.set_materialize_grads(False)
 
 
-def _coarse_grad(ctx: Any, dout: torch.Tensor | None, _dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    if dout is None:
-        return (None,) * 4
-    return (*torch.ops.attnmux_vsa.coarse_backward(dout, *ctx.saved_tensors, ctx.scale), None)
-
-
-torch.library.register_autograd("attnmux_vsa::coarse", _coarse_grad, setup_context=_save_coarse)
-
-
-@torch.library.custom_op("attnmux_vsa::untile", mutates_args=())
-def _untile_op(
-    fine: torch.Tensor,
-    coarse: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    token_of_slot: torch.Tensor,
-    slot_of_token: torch.Tensor,
-    tile_sizes: torch.Tensor,
-) -> torch.Tensor:
-    from attnmux_vsa.kernels import tiles
-
-    gate = None if gate is None else _with_rows(gate)
-    result: torch.Tensor = tiles.untile(fine, coarse, gate, token_of_slot, tile_sizes.shape[0], slot_of_token.shape[0])
-    return result
-
-
-@_untile_op.register_fake
-def _(
-    fine: torch.Tensor,
-    coarse: torch.Tensor | None,
-    gate: torch.Tensor | None,
-    token_of_slot: torch.Tensor,
-    slot_of_token: torch.Tensor,
-    tile_sizes: torch.Tensor,
-) -> torch.Tensor:
-    batch, _, heads, head_size = fine.shape
-    return fine.new_empty(batch, slot_of_token.shape[0], heads, head_size)
-
-
-@torch.library.custom_op("attnmux_vsa::untile_backward", mutates_args=())
-def _untile_backward_op(
-    dout: torch.Tensor, gate: torch.Tensor, coarse: torch.Tensor, token_of_slot: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from attnmux_vsa.kernels import tiles
-
-    result: Triplet = tiles.untile_backward(_with_rows(dout), _with_rows(gate), coarse, token_of_slot)
-    return result
-
-
-@_untile_backward_op.register_fake
-def _(
-    dout: torch.Tensor, gate: torch.Tensor, coarse: torch.Tensor, token_of_slot: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, _, heads, head_size = dout.shape
-    return (
-        dout.new_empty(batch, heads, token_of_slot.shape[0], head_size),
-        torch.empty_like(coarse),
-        gate.new_empty(gate.shape),
+def _backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
+    if grads[0] is None:
+        return (None,) * 12
+    if not ctx.keeps:
+        raise RuntimeError("attnmux_vsa::forward ran with keeps=False, after which there is no backward")
+    q, k, v, gate, branch, lse, blocks, *means, token_of_slot, slot_grid, tile_sizes = ctx.saved_tensors
+    nothing = q.new_empty(0)
+    out, fine = (branch, nothing) if gate is None else (nothing, branch)
+    found = torch.ops.attnmux_vsa.backward(
+        grads[0],
+        q,
+        k,
+        v,
+        gate,
+        [out, fine, lse, blocks, *means],
+        token_of_slot,
+        slot_grid,
+        tile_sizes,
+        ctx.tile,
+        ctx.scale,
     )
+    return (*found[:3], found[3] if gate is not None else None, *(None,) * 8)
 
 
-def _save_untile(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    _fine, coarse, gate, *tables = inputs
-    ctx.save_for_backward(coarse, gate, *tables)
-
-
-def _untile_grad(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    coarse, gate, *tables = ctx.saved_tensors
-    if gate is None:
-        dfine = torch.ops.attnmux_vsa.tile(dout, *tables, False)[0]
-        return dfine.transpose(1, 2), None, None, None, None, None
-    dfine, dcoarse, dgate = torch.ops.attnmux_vsa.untile_backward(dout, gate, coarse, tables[0])
-    return dfine.transpose(1, 2), dcoarse, dgate, None, None, None
-
-
-torch.library.register_autograd("attnmux_vsa::untile", _untile_grad, setup_context=_save_untile)
-
-
-def _with_rows(x: torch.Tensor) -> torch.Tensor:
-    """The tensor, copied if its last dimension is not contiguous, as that of an expanded gradient."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+torch.library.register_autograd("attnmux_vsa::forward", _backward, setup_context=_save_forward)

@@ -214,6 +214,7 @@ class TileTables(NamedTuple):
         non_pad_index: Slot by tiled position, int64 `[S]`.
         slot_of_token: Slot by raster position, int64 `[S]`.
         token_of_slot: Raster position by slot, int32 `[N * M]`, -1 where a slot is padding.
+        slot_grid: `slot_of_token` in the shape of the grid, `[T, H, W]`.
     """
 
     tile_partition_indices: torch.Tensor
@@ -222,6 +223,7 @@ class TileTables(NamedTuple):
     non_pad_index: torch.Tensor
     slot_of_token: torch.Tensor
     token_of_slot: torch.Tensor
+    slot_grid: torch.Tensor
 
 
 def get_tile_tables(
@@ -266,7 +268,8 @@ def _cached_tables(grid: Triple, tile: Triple, device: torch.device, tile_policy
         slots = tile_of_tiled * volume + torch.arange(len(partition)) - tokens_before[tile_of_tiled]
         tokens = torch.full((num_tiles * volume,), -1, dtype=torch.int32)
         tokens = tokens.index_copy(0, slots, partition.to(torch.int32))
-        return TileTables(*(table.to(device) for table in (partition, reverse, sizes, slots, slots[reverse], tokens)))
+        tables = [table.to(device) for table in (partition, reverse, sizes, slots, slots[reverse], tokens)]
+        return TileTables._make([*tables, tables[4].view(grid)])
 
 
 def adaptive_tiles(grid: Triple, tile: Triple) -> tuple[torch.Tensor, int]:
@@ -321,6 +324,7 @@ class VideoTiling:
         non_pad_index: Slot by tiled position, int64 `[S]`.
         slot_of_token: Slot by raster position, int64 `[S]`.
         token_of_slot: Raster position by slot, int32 `[N * M]`, -1 where a slot is padding.
+        slot_grid: `slot_of_token` in the shape of the grid, `[T, H, W]`.
         tile_policy: "grid" or "adaptive"; see `build_video_tiling`.
         dense_layers: Indices of the layers that keep every tile.
     """
@@ -339,6 +343,7 @@ class VideoTiling:
     non_pad_index: torch.Tensor = field(repr=False, compare=False)
     slot_of_token: torch.Tensor = field(repr=False, compare=False)
     token_of_slot: torch.Tensor = field(repr=False, compare=False)
+    slot_grid: torch.Tensor = field(repr=False, compare=False)
     tile_policy: str = "grid"
     dense_layers: tuple[int, ...] = ()
 

@@ -8,6 +8,34 @@ LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
+class RasterTiles:
+    """Tokens in raster order (frames, lines, columns) whose blocks are tiles: block n is tile n, its rows the tile's tokens.
+
+    Tiles and the tokens of one are counted in raster order too. The tile divides the grid along every axis.
+    """
+
+    grid: tuple[int, int, int]
+    tile: tuple[int, int, int]
+
+    def fits_boxes(self) -> bool:
+        """Whether 64 rows in a row are whole lines of a tile, so that one TMA box holds them."""
+        plane = self.tile[1] * self.tile[2]
+        is_divided = not any(size % step for size, step in zip(self.grid, self.tile, strict=True))
+        return is_divided and 64 % plane == 0 and self.tile[0] * plane % 64 == 0
+
+    def view(self, x: torch.Tensor) -> tuple[list[int], list[int]]:
+        """Shape and strides of x [B, T * H * W, heads, D] as [B * T, H, W, heads, D]."""
+        frames, lines, columns = self.grid
+        step = x.stride(1)
+        shape = [x.shape[0] * frames, lines, columns, x.shape[2], x.shape[3]]
+        return shape, [lines * columns * step, columns * step, step, x.shape[3] if x.shape[2] == 1 else x.stride(2), 1]
+
+    def box(self, rows: int, columns: int) -> list[int]:
+        """Shape of a box of so many rows of a tile."""
+        return [rows // (self.tile[1] * self.tile[2]), self.tile[1], self.tile[2], 1, columns]
+
+
+@dataclass(frozen=True)
 class IndexTensors:
     """The tensors of a `BlockIndex` as the kernels take them.
 
@@ -17,6 +45,8 @@ class IndexTensors:
     even_rows: all counts are known to be about equal.
     offsets: int32 [B or 1, H or 1, N_k + 1], entries: int32 [B or 1, H or 1, N_q * K], order: int32 [B or 1, H or 1, N_k]:
     the transposed lists; backward only.
+    raster: how blocks lie in q, k, v, out and their gradients, where they are tiles and not stretches of the sequence; lse,
+    lse2 and delta go by blocks in any case. Only for engines and tensors without a `raster_reason`.
     """
 
     blocks: torch.Tensor
@@ -30,6 +60,7 @@ class IndexTensors:
     offsets: torch.Tensor | None = None
     entries: torch.Tensor | None = None
     order: torch.Tensor | None = None
+    raster: RasterTiles | None = None
 
     @property
     def has_valid_lengths(self) -> bool:
@@ -83,6 +114,32 @@ def tma_reason(name: str, x: torch.Tensor) -> str | None:
         if stride <= 0 or stride * item % 16 or stride * item >= 2**40:
             return f"{name} has a stride of {stride} elements ({stride * item} bytes); a positive multiple of 16 bytes is needed"
     return None
+
+
+def raster_reason(raster: RasterTiles, *tensors: torch.Tensor) -> str | None:
+    """Why the Hopper engine cannot fetch tiles of these tensors [B, S, H, D] from the raster, or None."""
+    if not raster.fits_boxes():
+        return f"tiles of {raster.tile} do not divide the grid {raster.grid} into boxes of 64 tokens"
+    for x in tensors:
+        if x.shape[3] != 128:
+            return f"head_dim={x.shape[3]}; only for 128 are all kernels written for it"
+        if x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1):
+            return "the batch entries of a tensor do not follow one another"
+        reason = tma_reason("a tensor", x)
+        if reason:
+            return reason
+    return None
+
+
+def raster_arguments(raster: RasterTiles | None) -> tuple[int, int]:
+    """Lines and columns of the grid; of no account without a raster."""
+    return (1, 1) if raster is None else raster.grid[1:]
+
+
+def raster_constants(raster: RasterTiles | None) -> dict[str, int]:
+    """Lines and columns of a tile; 0 without a raster."""
+    _, lines, columns = (0, 0, 0) if raster is None else raster.tile
+    return {"LINES": lines, "COLUMNS": columns}
 
 
 def describe_rows(*pairs: tuple[torch.Tensor, int], d_pad: int):

@@ -10,16 +10,18 @@ run under the second; the two consumers cover each other's gaps. dK and dV are f
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from attnmux_blocksparse.kernels.arguments import LOG2_E, IndexTensors, index_arguments
 from attnmux_blocksparse.kernels.configs import HOPPER_DQ
-from attnmux_blocksparse.kernels.hopper_forward import (
+from attnmux_blocksparse.kernels.hopper_loads import (
     CONSUMER_REGISTERS,
     clear_padding,
     describe,
     last_block_tokens,
+    load_box,
     load_stage,
+    place_in_raster,
     place_of,
     sub_block,
     valid_keys,
@@ -30,7 +32,7 @@ from attnmux_blocksparse.kernels.hopper_forward import (
 def _dq_producer(
     q_desc, k_desc, v_desc, do_desc, list_ptr, count_ptr, q_s, do_s, k_buf, v_buf,
     q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h, n_tiles, n_tiles_head, n_heads,
+    stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h, n_tiles, n_tiles_head, n_heads, len_q, len_k,
     GROUP: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, PAIR: gl.constexpr, STAGES: gl.constexpr,
     D: gl.constexpr, WG: gl.constexpr, SPLIT: gl.constexpr,
 ):
@@ -57,15 +59,15 @@ def _dq_producer(
         qph ^= 1
         mbarrier.expect(q_full, 2 * HALVES * 64 * D * 2)
         for w in gl.static_range(HALVES):
-            tma.async_copy_global_to_shared(q_desc, [batch, head, row + w * 64, 0], q_full, q_s.index(w))
-            tma.async_copy_global_to_shared(do_desc, [batch, head, row + w * 64, 0], q_full, do_s.index(w))
+            load_box(q_desc, q_full, q_s, w, batch, head, row + w * 64, 0, len_q, BLOCK_Q)
+            load_box(do_desc, q_full, do_s, w, batch, head, row + w * 64, 0, len_q, BLOCK_Q)
         for j in range((n + PAIR - 1) // PAIR):
             _, a = sub_block(blocks, j * PAIR, n, BLOCK_K)
             _, b = sub_block(blocks, j * PAIR + PAIR - 1, n, BLOCK_K)
             mbarrier.wait(k_empty.index(slot), phase)
-            load_stage(k_desc, k_full.index(slot), k_buf, slot * PANELS * PAIR, batch, head_k, a, b, PAIR, PANELS)
+            load_stage(k_desc, k_full.index(slot), k_buf, slot * PANELS * PAIR, batch, head_k, a, b, len_k, BLOCK_K, PAIR, PANELS)
             mbarrier.wait(v_empty.index(slot), phase)
-            load_stage(v_desc, v_full.index(slot), v_buf, slot * PANELS * PAIR, batch, head_k, a, b, PAIR, PANELS)
+            load_stage(v_desc, v_full.index(slot), v_buf, slot * PANELS * PAIR, batch, head_k, a, b, len_k, BLOCK_K, PAIR, PANELS)
             slot += 1
             if slot == STAGES:
                 slot = 0
@@ -163,12 +165,21 @@ def _dq_consumer(
         if HAS_Q_LEN:
             length = gl.load(q_len_ptr + batch.to(gl.int64) * stride_qlen_b + block_q)
             end_q = gl.minimum(block_q * BLOCK_Q + length, end_q)
-        r = row + gl.arange(0, 64, layout=gl.SliceLayout(1, OL))
+        i = gl.arange(0, 64, layout=gl.SliceLayout(1, OL))
+        r = row + i
         c = gl.arange(0, D, layout=gl.SliceLayout(0, OL))
         # Empty rows have p = 0, but q and dO beyond a valid length may hold NaN.
         dq = gl.where((r < end_q)[:, None], dq * scale, 0.0).to(DTYPE)
         base = dq_ptr + batch.to(gl.int64) * stride_dq_b + head.to(gl.int64) * stride_dq_h
-        gl.store(base + r.to(gl.int64)[:, None] * stride_dq_s + c[None, :], dq, mask=(r < len_q)[:, None])
+        token = r
+        if len(q_desc.block_shape) == 5:
+            frame, line, place = place_in_raster(q_desc, 0, row, len_q, BLOCK_Q)
+            lines: gl.constexpr = q_desc.block_shape[1]
+            columns: gl.constexpr = q_desc.block_shape[2]
+            token = frame + i // (lines * columns)
+            token = token * q_desc.shape[1] + line + i // columns % lines
+            token = token * q_desc.shape[2] + place + i % columns
+        gl.store(base + token.to(gl.int64)[:, None] * stride_dq_s + c[None, :], dq, mask=(r < len_q)[:, None])
 
 
 @gluon.jit
@@ -223,10 +234,10 @@ def _blocksparse_hopper_bwd_dq_kernel(
                             BLOCK_Q, BLOCK_K, PAIR, STAGES, D, 1, SPLIT, HAS_Q_LEN, HAS_K_LEN, MASK_K, CLEAR)),
             (_dq_producer, (q_desc, k_desc, v_desc, do_desc, list_ptr, count_ptr, qa, da, ka, va, qfa, qea, kfa, kea, vfa, vea,
                             stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
-                            n_tiles, n_tiles_head, n_heads, GROUP, BLOCK_Q, BLOCK_K, PAIR, STAGES, D, 0, SPLIT)),
+                            n_tiles, n_tiles_head, n_heads, len_q, len_k, GROUP, BLOCK_Q, BLOCK_K, PAIR, STAGES, D, 0, SPLIT)),
             (_dq_producer, (q_desc, k_desc, v_desc, do_desc, list_ptr, count_ptr, qc, dc, kc, vc, qfc, qec, kfc, kec, vfc, vec,
                             stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
-                            n_tiles, n_tiles_head, n_heads, GROUP, BLOCK_Q, BLOCK_K, PAIR, STAGES, D, 1, SPLIT)),
+                            n_tiles, n_tiles_head, n_heads, len_q, len_k, GROUP, BLOCK_Q, BLOCK_K, PAIR, STAGES, D, 1, SPLIT)),
         ], [4, 1, 1], [CREGS, 24, 24])
     else:
         gl.warp_specialize([
@@ -242,7 +253,7 @@ def _blocksparse_hopper_bwd_dq_kernel(
                             BLOCK_Q, BLOCK_K, PAIR, STAGES, D, 1, SPLIT, HAS_Q_LEN, HAS_K_LEN, MASK_K, CLEAR)),
             (_dq_producer, (q_desc, k_desc, v_desc, do_desc, list_ptr, count_ptr, qa, da, ka, va, qfa, qea, kfa, kea, vfa, vea,
                             stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
-                            n_tiles, n_tiles_head, n_heads, GROUP, BLOCK_Q, BLOCK_K, PAIR, STAGES, D, 0, SPLIT)),
+                            n_tiles, n_tiles_head, n_heads, len_q, len_k, GROUP, BLOCK_Q, BLOCK_K, PAIR, STAGES, D, 0, SPLIT)),
         ], [4, 1], [CREGS, 24])
 
 
@@ -259,7 +270,8 @@ def launch_hopper_dq(
     programs = max(n_tiles // 2, 1) if config.split else n_tiles
     list_arguments = index_arguments(index)
     return _blocksparse_hopper_bwd_dq_kernel[(programs,)](
-        describe(q, 64, head_dim), describe(k, 64, 64), describe(v, 64, 64), describe(dout, 64, head_dim),
+        describe(q, 64, head_dim, index.raster), describe(k, 64, 64, index.raster), describe(v, 64, 64, index.raster),
+        describe(dout, 64, head_dim, index.raster),
         dq, lse2, delta, *list_arguments, *dq.stride()[:3],
         *index.list_strides(), *index.count_strides(), index.length_stride("q"), index.length_stride("k"),
         n_tiles, n_tiles_head, heads, len_q, len_k, lse2.shape[2], softmax_scale * LOG2_E, softmax_scale,

@@ -30,76 +30,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from attnmux_blocksparse.kernels.arguments import LOG2_E, IndexTensors, index_arguments, tma_strides
+from attnmux_blocksparse.kernels.arguments import LOG2_E, IndexTensors, index_arguments
 from attnmux_blocksparse.kernels.configs import HOPPER_FORWARD
-
-# The consumers' registers; the launch gives every thread 168, and the producers give theirs up.
-CONSUMER_REGISTERS = 240
-
-
-@gluon.jit
-def place_of(tile, n_tiles_head, n_heads):
-    """Batch, head and position within the head of a tile."""
-    bh = tile // n_tiles_head
-    return bh // n_heads, bh % n_heads, tile % n_tiles_head
-
-
-@gluon.jit
-def sub_block(blocks, j, n_sub, BLOCK_K: gl.constexpr):
-    """Block number and first key of the j-th sub-block of 64 keys (clamped into the list; key 0 for an empty list)."""
-    SUB: gl.constexpr = BLOCK_K // 64
-    at = gl.minimum(gl.maximum(j, 0), gl.maximum(n_sub - 1, 0))
-    block = gl.load(blocks + at // SUB)
-    if n_sub == 0:
-        block = block * 0
-    return block, block * BLOCK_K + (at % SUB) * 64
-
-
-@gluon.jit
-def load_stage(desc, bar, buf, base, batch, head, key_a, key_b, PAIR: gl.constexpr, PANELS: gl.constexpr):
-    """Fill one ring stage: PANELS column panels (64 wide) of PAIR sub-blocks, as TMA boxes of 8 KB."""
-    mbarrier.expect(bar, PAIR * PANELS * 64 * 64 * 2)
-    for p in gl.static_range(PANELS):
-        tma.async_copy_global_to_shared(desc, [batch, head, key_a, p * 64], bar, buf.index(base + p * PAIR))
-        if PAIR == 2:
-            tma.async_copy_global_to_shared(desc, [batch, head, key_b, p * 64], bar, buf.index(base + p * PAIR + 1))
-
-
-@gluon.jit
-def load_stage_whole(desc, bar, buf, base, batch, head, key, PANELS: gl.constexpr):
-    """Fill one ring stage of 128 keys that follow one another, as TMA boxes of 16 KB."""
-    mbarrier.expect(bar, PANELS * 128 * 64 * 2)
-    ring = buf._reinterpret(desc.dtype, [buf.shape[0] // 2, 1, 1, 128, 64], gl.NVMMASharedLayout(128, 16, 4))
-    for p in gl.static_range(PANELS):
-        tma.async_copy_global_to_shared(desc, [batch, head, key, p * 64], bar, ring.index(base // 2 + p))
-
-
-@gluon.jit
-def clear_padding(buf, base, valid_a, valid_b, DTYPE: gl.constexpr, PAIR: gl.constexpr, PANELS: gl.constexpr):
-    """Zero the rows of a stage beyond its valid keys: a weight of 0 times a NaN would be NaN.
-
-    Both consumers may do it to one stage at once: they write the same values.
-    """
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
-    for i in gl.static_range(PANELS * PAIR):
-        valid = valid_a
-        if i % PAIR == 1:
-            valid = valid_b
-        panel = buf.index(base + i)._reinterpret(DTYPE, [64, 64], SHARED)
-        x = panel.load(LAYOUT)
-        panel.store(gl.where((rows < valid)[:, None], x, gl.zeros_like(x)))
-    fence_async_shared()
-    gl.thread_barrier()
+from attnmux_blocksparse.kernels.hopper_loads import (
+    CONSUMER_REGISTERS,
+    clear_padding,
+    describe,
+    last_block_tokens,
+    load_box,
+    load_stage,
+    load_stage_whole,
+    place_in_raster,
+    place_of,
+    sub_block,
+    valid_keys,
+)
 
 
 @gluon.jit
 def _producer(
     q_desc, k_desc, v_desc, list_ptr, count_ptr, q_buf, k_buf, v_buf, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h, n_tiles, n_tiles_head, n_heads,
+    stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h, n_tiles, n_tiles_head, n_heads, len_q, len_k,
     GROUP: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, PAIR: gl.constexpr, STAGES: gl.constexpr,
     QBUF: gl.constexpr, D: gl.constexpr, WG: gl.constexpr, SPLIT: gl.constexpr,
 ):
@@ -140,8 +92,8 @@ def _producer(
         mbarrier.expect(q_full.index(qs), HALVES * 64 * D * 2)
         for w in gl.static_range(HALVES):
             for p in gl.static_range(PANELS):
-                tma.async_copy_global_to_shared(q_desc, [batch, head, row + w * 64, p * 64], q_full.index(qs),
-                                                q_buf.index((qs * HALVES + w) * PANELS + p))
+                load_box(q_desc, q_full.index(qs), q_buf, (qs * HALVES + w) * PANELS + p, batch, head, row + w * 64, p * 64,
+                         len_q, BLOCK_Q)
         qs += 1
         if qs == QBUF:
             qs = 0
@@ -153,9 +105,9 @@ def _producer(
             if j < stages:
                 mbarrier.wait(k_empty.index(ks), kph)
                 if WHOLE:
-                    load_stage_whole(k_desc, k_full.index(ks), k_buf, ks * PER, batch, head_k, a, PANELS)
+                    load_stage_whole(k_desc, k_full.index(ks), k_buf, ks * PER, batch, head_k, a, len_k, BLOCK_K, PANELS)
                 else:
-                    load_stage(k_desc, k_full.index(ks), k_buf, ks * PER, batch, head_k, a, b, PAIR, PANELS)
+                    load_stage(k_desc, k_full.index(ks), k_buf, ks * PER, batch, head_k, a, b, len_k, BLOCK_K, PAIR, PANELS)
                 ks += 1
                 if ks == STAGES:
                     ks = 0
@@ -169,9 +121,9 @@ def _producer(
             if j > 0:
                 mbarrier.wait(v_empty.index(vs), vph)
                 if WHOLE:
-                    load_stage_whole(v_desc, v_full.index(vs), v_buf, vs * PER, batch, head_k, pa, PANELS)
+                    load_stage_whole(v_desc, v_full.index(vs), v_buf, vs * PER, batch, head_k, pa, len_k, BLOCK_K, PANELS)
                 else:
-                    load_stage(v_desc, v_full.index(vs), v_buf, vs * PER, batch, head_k, pa, pb, PAIR, PANELS)
+                    load_stage(v_desc, v_full.index(vs), v_buf, vs * PER, batch, head_k, pa, pb, len_k, BLOCK_K, PAIR, PANELS)
                 vs += 1
                 if vs == STAGES:
                     vs = 0
@@ -191,30 +143,6 @@ def _mask_scores(s, valid_a, valid_b, BN: gl.constexpr, PAIR: gl.constexpr):
         keep = keep | ((cols >= 64) & (cols < 64 + valid_b))
         keep = keep & ((cols < valid_a) | (cols >= 64))
     return gl.where(keep[None, :], s, float("-inf"))
-
-
-@gluon.jit
-def valid_keys(blocks, j, n, end_last, k_len_ptr, len_k, BLOCK_K: gl.constexpr, HAS_K_LEN: gl.constexpr):
-    """How many of the 64 keys of the j-th sub-block may be attended to; j below 0 counts as 0.
-
-    Without valid lengths only the last listed block can reach beyond the sequence: end_last, its number of tokens within it,
-    says all, and nothing is loaded.
-    """
-    SUB: gl.constexpr = BLOCK_K // 64
-    if HAS_K_LEN:
-        block, key = sub_block(blocks, j, n, BLOCK_K)
-        end = gl.minimum(block * BLOCK_K + gl.load(k_len_ptr + block), gl.minimum((block + 1) * BLOCK_K, len_k))
-        return gl.minimum(gl.maximum(end - key, 0), 64)
-    else:
-        at = gl.maximum(j, 0) - (n - SUB)
-        return gl.where(at < 0, 64, gl.minimum(gl.maximum(end_last - at * 64, 0), 64))
-
-
-@gluon.jit
-def last_block_tokens(blocks, n, len_k, BLOCK_K: gl.constexpr):
-    """Tokens of the sequence from the start of the last listed block on."""
-    block, _ = sub_block(blocks, n - 1, n, BLOCK_K)
-    return len_k - block * BLOCK_K
 
 
 @gluon.jit
@@ -252,7 +180,7 @@ def _first_softmax(s, valid_a, valid_b, scale2, BN: gl.constexpr, PAIR: gl.const
 
 @gluon.jit
 def _store_tile(o, m, l, o_desc, lse_ptr, o_buf, batch, head, n_heads, row, end_q, len_q, scale2, DTYPE: gl.constexpr,
-                D: gl.constexpr, WG: gl.constexpr):
+                BLOCK_Q: gl.constexpr, D: gl.constexpr, WG: gl.constexpr):
     """Normalise and write 64 rows of the output and of the log-sum-exp."""
     OL: gl.constexpr = o.type.layout
     RO: gl.constexpr = gl.SliceLayout(1, OL)
@@ -267,7 +195,12 @@ def _store_tile(o, m, l, o_desc, lse_ptr, o_buf, batch, head, n_heads, row, end_
     tma.store_wait(0)
     o_s._reinterpret(DTYPE, [64, D], gl.NVMMASharedLayout(128, 16, 2)).store(o)
     fence_async_shared()
-    tma.async_copy_shared_to_global(o_desc, [batch, head, row, 0], o_s)
+    if len(o_desc.block_shape) == 5:
+        frame, line, place = place_in_raster(o_desc, batch, row, len_q, BLOCK_Q)
+        tma.async_copy_shared_to_global(o_desc, [frame, line, place, head, 0],
+                                        o_s._reinterpret(DTYPE, o_desc.block_shape, o_desc.layout))
+    else:
+        tma.async_copy_shared_to_global(o_desc, [batch, head, row, 0], o_s)
     base = lse_ptr + (batch.to(gl.int64) * n_heads + head) * len_q
     gl.store(base + rows, lse, mask=rows < len_q)
 
@@ -456,7 +389,8 @@ def _consumer(
         if HAS_Q_LEN:
             length = gl.load(q_len_ptr + batch.to(gl.int64) * stride_qlen_b + block_q)
             end_q = gl.minimum(block_q * BLOCK_Q + length, end_q)
-        _store_tile(o, m_done, l_done, o_desc, lse_ptr, o_buf, batch, head, n_heads, row, end_q, len_q, scale2, DTYPE, D, WG)
+        _store_tile(o, m_done, l_done, o_desc, lse_ptr, o_buf, batch, head, n_heads, row, end_q, len_q, scale2, DTYPE, BLOCK_Q, D,
+                    WG)
     tma.store_wait(0)
 
 
@@ -514,10 +448,10 @@ def _blocksparse_hopper_fwd_kernel(
                          BLOCK_Q, BLOCK_K, PAIR, STAGES, QBUF, D, 1, SPLIT, HAS_Q_LEN, HAS_K_LEN, MASK_K, CLEAR)),
             (_producer, (q_desc, k_desc, v_desc, list_ptr, count_ptr, qa, ka, va, qfa, qea, kfa, kea, vfa, vea,
                          stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
-                         n_tiles, n_tiles_head, n_heads, GROUP, BLOCK_Q, BLOCK_K, PAIR, STAGES, QBUF, D, 0, SPLIT)),
+                         n_tiles, n_tiles_head, n_heads, len_q, len_k, GROUP, BLOCK_Q, BLOCK_K, PAIR, STAGES, QBUF, D, 0, SPLIT)),
             (_producer, (q_desc, k_desc, v_desc, list_ptr, count_ptr, qc, kc, vc, qfc, qec, kfc, kec, vfc, vec,
                          stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
-                         n_tiles, n_tiles_head, n_heads, GROUP, BLOCK_Q, BLOCK_K, PAIR, STAGES, QBUF, D, 1, SPLIT)),
+                         n_tiles, n_tiles_head, n_heads, len_q, len_k, GROUP, BLOCK_Q, BLOCK_K, PAIR, STAGES, QBUF, D, 1, SPLIT)),
         ], [4, 1, 1], [CREGS, 24, 24])
     else:
         q, k, v, qf, qe, kf, ke, vf, ve = _ring(o_desc.dtype, STAGES, QBUF, PANELS, PAIR, 2)
@@ -532,14 +466,8 @@ def _blocksparse_hopper_fwd_kernel(
                          BLOCK_Q, BLOCK_K, PAIR, STAGES, QBUF, D, 1, SPLIT, HAS_Q_LEN, HAS_K_LEN, MASK_K, CLEAR)),
             (_producer, (q_desc, k_desc, v_desc, list_ptr, count_ptr, q, k, v, qf, qe, kf, ke, vf, ve,
                          stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
-                         n_tiles, n_tiles_head, n_heads, GROUP, BLOCK_Q, BLOCK_K, PAIR, STAGES, QBUF, D, 0, SPLIT)),
+                         n_tiles, n_tiles_head, n_heads, len_q, len_k, GROUP, BLOCK_Q, BLOCK_K, PAIR, STAGES, QBUF, D, 0, SPLIT)),
         ], [4, 1], [CREGS, 24])
-
-
-def describe(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """TMA descriptor of x [B, S, H, D], seen as [B, H, S, D], with boxes of rows x columns."""
-    shape = [x.shape[0], x.shape[2], x.shape[1], x.shape[3]]
-    return TensorDescriptor(x, shape, tma_strides(x), [1, 1, rows, columns], gl.NVMMASharedLayout(128, 16, 4))
 
 
 def multiprocessor_count(device) -> int:
@@ -562,7 +490,8 @@ def launch_hopper_forward(
     list_arguments = index_arguments(index)
     rows_k = 128 if config.pair == 2 and index.block_k % 128 == 0 else 64
     return _blocksparse_hopper_fwd_kernel[(programs,)](
-        describe(q, 64, 64), describe(k, rows_k, 64), describe(v, rows_k, 64), describe(out, 64, head_dim), lse, *list_arguments,
+        describe(q, 64, 64, index.raster), describe(k, rows_k, 64, index.raster), describe(v, rows_k, 64, index.raster),
+        describe(out, 64, head_dim, index.raster), lse, *list_arguments,
         *index.list_strides(), *index.count_strides(), index.length_stride("q"), index.length_stride("k"),
         n_tiles, n_tiles_head, heads, len_q, len_k, softmax_scale * LOG2_E,
         GROUP=heads // heads_k, BLOCK_Q=index.block_q, BLOCK_K=index.block_k, D=head_dim, PAIR=config.pair,

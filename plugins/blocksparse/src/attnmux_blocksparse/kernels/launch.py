@@ -54,8 +54,7 @@ def attention_backward(engine: str, dout, dlse, q, k, v, out, lse, index: IndexT
         with torch.cuda.device_of(q):
             launch_fa4_backward(q, k, v, out, dout, lse, dlse, dq, dk, dv, index, softmax_scale=softmax_scale)
         return dq, dk, dv
-    with torch.cuda.device(q.device):
-        lse2, delta = backward.launch_stats(out, dout, lse, dlse)
+    lse2, delta = backward.launch_stats(out, dout, lse, dlse)
     attention_gradients(engine, dout, lse2, delta, q, k, v, dq, dk, dv, index, softmax_scale)
     return dq, dk, dv
 
@@ -79,15 +78,28 @@ def attention_gradients(
         index: with the transposed lists.
         softmax_scale: factor on the scores.
     """
-    with torch.cuda.device(q.device):
-        configs = _configs(q, k, v, dout)
-        # Both on one stream: with dQ on a second stream the backward took between 1.6 % less and 2.3 % more time.
-        backward.launch_dkdv(
-            q, k, v, dout, lse2, delta, dk, dv, index, softmax_scale=softmax_scale, config=configs.dkdv
-        )
+    # Both on one stream: with dQ on a second stream the backward took between 1.6 % less and 2.3 % more time.
+    key_gradients(dout, lse2, delta, q, k, v, dk, dv, index, softmax_scale)
+    query_gradients(engine, dout, lse2, delta, q, k, v, dq, index, softmax_scale)
+
+
+def key_gradients(dout, lse2, delta, q, k, v, dk, dv, index: IndexTensors, softmax_scale: float) -> None:
+    """The half of `attention_gradients` that fills dk and dv.
+
+    With a raster of tiles, q and dout lie tile after tile here: they are read many times.
+    """
+    with torch.cuda.device_of(q):
+        config = _configs(q, k, v, dout).dkdv
+        backward.launch_dkdv(q, k, v, dout, lse2, delta, dk, dv, index, softmax_scale=softmax_scale, config=config)
+
+
+def query_gradients(engine: str, dout, lse2, delta, q, k, v, dq, index: IndexTensors, softmax_scale: float) -> None:
+    """The half of `attention_gradients` that fills dq."""
+    with torch.cuda.device_of(q):
         if engine == "hopper" and (q.shape[3], min(index.block_q, 128)) in HOPPER_DQ:
             from attnmux_blocksparse.kernels.hopper_backward import launch_hopper_dq
 
             launch_hopper_dq(q, k, v, dout, lse2, delta, dq, index, softmax_scale=softmax_scale)
         else:
-            backward.launch_dq(q, k, v, dout, lse2, delta, dq, index, softmax_scale=softmax_scale, config=configs.dq)
+            config = _configs(q, k, v, dout).dq
+            backward.launch_dq(q, k, v, dout, lse2, delta, dq, index, softmax_scale=softmax_scale, config=config)
