@@ -24,7 +24,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from peers.diffusers_ulysses import make_ulysses, version
+from peers import diffusers_ulysses, fastvideo_ulysses
 from torch.profiler import ProfilerActivity, profile
 
 from attnmux import DistributedAttention, LocalAttention, SeqPlan, SPGroup, init_sequence_parallel
@@ -211,12 +211,13 @@ def times(single, shared, drift, size):
     }
 
 
-def measure_peer(shape, sp, arguments):
-    row = {"backend": "diffusers", "strategy": "ulysses", "direction": "forward", "peer": True}
+def measure_peer(name, make, shape, sp, arguments):
+    """A peer of ulysses; `make` returns what it runs for the heads of one rank of a shape."""
+    row = {"backend": name, "strategy": "ulysses", "direction": "forward", "peer": True}
     if shape.tokens % sp.size or shape.heads % sp.size:
         return {**row, "gate": "not run", "refused": "tokens and heads must be multiples of the ranks"}
     try:
-        attend = make_ulysses(shape.device)
+        attend = make(shape)
     except ImportError as error:
         return {**row, "gate": "not run", "refused": f"{error}"}
     if problem := gate(attend, short_of(shape), sp):
@@ -225,12 +226,17 @@ def measure_peer(shape, sp, arguments):
     plan = SeqPlan.balanced(shape.tokens, sp.size)
     tensors = shape.draw()
     runs = without_gradients(local, *tensors), without_gradients(attend, *shard(tensors, plan, sp.rank))
-    return {
-        **row,
-        "gate": "green",
-        "version": version(),
-        **times(*compare(shape.device, *runs, arguments.repetitions), sp.size),
-    }
+    measured = times(*compare(shape.device, *runs, arguments.repetitions), sp.size)
+    return {**row, "gate": "green", **measured}
+
+
+def make_diffusers(shape):
+    return diffusers_ulysses.make_ulysses(shape.device)
+
+
+def make_fastvideo(shape):
+    heads = shape.heads // dist.get_world_size()
+    return fastvideo_ulysses.make_ulysses(LocalAttention(heads, shape.dim, backend="TORCH_SDPA", dtype=shape.dtype))
 
 
 def measure_parts(shape, sp, repetitions):
@@ -422,7 +428,8 @@ def main():
                 # without other ranks every strategy is the same code
                 break
     if sp.size > 1:
-        rows.append(measure_peer(shape, sp, arguments))
+        rows.append(measure_peer(diffusers_ulysses.version(), make_diffusers, shape, sp, arguments))
+        rows.append(measure_peer("FastVideo's passes", make_fastvideo, shape, sp, arguments))
     parts = measure_parts(shape, sp, arguments.repetitions)
     one_rank, shares = None, []
     if sp.size == 1:
