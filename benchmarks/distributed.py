@@ -364,7 +364,8 @@ def plot(found, path):
         color=["#b0b7bd" if row["peer"] else "#2a6f97" for row in rows],
     )
     axes.invert_yaxis()
-    axes.set_xlabel(f"efficiency of {found['ranks']} ranks, % (grey: other projects), {found['device']}")
+    axes.set_xlabel("efficiency, %")
+    figure.suptitle(f"{found['ranks']} ranks, {found['device']} (grey: other projects)", fontsize="medium")
     figure.savefig(path, dpi=150)
 
 
