@@ -179,13 +179,32 @@ def operators(sp):
     torch.library.opcheck(torch.ops.attnmux.sp_to_shards.default, (x, ranges, *rest))
 
 
-def one_rank_bits(sp):
-    video, _, _, freqs = case(1, 7, 2, 4, 2, 0)
+def one_rank(sp, strategy):
+    """The same bits as LocalAttention by the same operations, forward and backward: no copy and no launch more."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    video, _, (weight, _), freqs = case(1, 7, 2, 4, 2, 0)
     arguments = {"num_kv_heads": 2, "backend": "TORCH_SDPA", "dtype": torch.float64}
-    want = LocalAttention(4, DIM, **arguments)(*video, freqs)
-    got, text = DistributedAttention(4, DIM, sp_group=sp, **arguments)(*video, freqs_cis=freqs)
-    assert text is None
-    assert torch.equal(got, want)
+
+    def run(layer, *options):
+        leaves, recorder = [x.clone().requires_grad_() for x in video], Recorder()
+        recorder.names = []
+        with recorder:
+            output = layer(*leaves, *options)
+            output, text = output if isinstance(output, tuple) else (output, None)
+            assert text is None
+            output.backward(weight)
+        return recorder.names, [output, *(x.grad for x in leaves)]
+
+    names, want = run(LocalAttention(4, DIM, **arguments), freqs)
+    own_names, got = run(DistributedAttention(4, DIM, sp_group=sp, strategy=strategy, **arguments), *[None] * 4, freqs)
+    assert own_names == names
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
 def compiled(sp):

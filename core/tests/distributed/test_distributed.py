@@ -55,8 +55,9 @@ def test_causal_matches(pools):
     pools(2).run("compare", 9, 1, 4, 2, 0, True, True, True)
 
 
-def test_one_rank_gives_the_bits_of_local_attention(pools):
-    pools(1).run("one_rank_bits")
+@pytest.mark.parametrize("strategy", ["ulysses", "ring", "usp", "allgather_kv"])
+def test_one_rank_gives_the_bits_of_local_attention_by_the_same_operations(pools, strategy):
+    pools(1).run("one_rank", strategy)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

@@ -86,8 +86,6 @@ class _RingAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         length, sizes = lengths[ring.rank], _Sizes(lengths, q.shape[0], k.shape[1] - lengths[ring.rank])
         merged = None
-        seen = [step for step in range(1, ring.size) if q.shape[1] and ring.sees(lengths, step)]
-        last = seen[-1] if seen else 0
         with torch.autocast(q.device.type, enabled=False):
             coming = _shift(_pack(k[:, :length], v[:, :length]), ring, 1, sizes, "ring", settings)
             if q.shape[1] and k.shape[1]:
@@ -96,13 +94,12 @@ class _RingAttention(torch.autograd.Function):
                 held = coming.wait()
                 if step + 1 < ring.size:
                     coming = _shift(held, ring, step + 1, sizes, "ring", settings)
-                if step in seen:
-                    part = ring.other_impl.attend_part(q, *_unpack(held), metadata)
-                    merged = merge_part(merged, *part, dtype=q.dtype if step == last else None)
+                if q.shape[1] and ring.sees(lengths, step):
+                    merged = merge_part(merged, *ring.other_impl.attend_part(q, *_unpack(held), metadata))
         if merged is None:
             output, lse = q.new_zeros(q.shape), q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"))
         else:
-            output, lse = merged
+            output, lse = merged[0].to(q.dtype), merged[1]
         ctx.save_for_backward(q, k, v, output, lse)
         ctx.options = ring, metadata, lengths, settings
         return output

@@ -177,7 +177,7 @@ class _SequenceParallel(AttentionLayer):
             if freqs_cis is not None:
                 first, last = plan.range_of(rank)
                 self._check_freqs(freqs_cis, plan.length)
-                freqs = (freqs_cis[0][first:last], freqs_cis[1][first:last])
+                freqs = freqs_cis if self.sp.size == 1 else (freqs_cis[0][first:last], freqs_cis[1][first:last])
                 q, k = apply_rotary(q, freqs), apply_rotary(k, freqs)
         if self.sp.size == 1:
             output, text_output = self._attend(q, k, v, text, metadata, extra)
