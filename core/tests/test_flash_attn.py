@@ -266,7 +266,7 @@ def test_gradients_of_version_4(libraries):
 @pytest.mark.parametrize("version", [2, 3, 4])
 @pytest.mark.parametrize(("scale", "kv_heads"), [(0.3, 4), (-0.7, 2), (0.0, 4)])
 def test_gradients_of_parts_add_up_to_those_of_the_whole(libraries, version, scale, kv_heads):
-    calls = libraries(version)
+    libraries(version)
     q, k, v = qkv(length_k=9, kv_heads=kv_heads)
     impl = FlashAttentionImpl(4, 16, scale, num_kv_heads=kv_heads)
     parts = list(zip(k.split([1, 5, 3], 1), v.split([1, 5, 3], 1), strict=True))
@@ -276,7 +276,6 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole(libraries, version, sca
     out, lse = merged[0].half(), merged[1]
     grad = torch.randn_like(out)
     found = [impl.part_gradients(grad, q, key, value, out, lse, None) for key, value in parts]
-    assert (("backward 4", calls[-1][1], False, False) == calls[-1]) is (version == 4)
 
     def whole(dtype):
         leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]

@@ -220,28 +220,6 @@ class FlashAttentionImpl(AttentionImpl[FlashAttentionMetadata]):
             lse = lse.masked_fill(rows < query.shape[1] - key.shape[1], float("-inf"))
         return output, lse
 
-    def part_gradients(
-        self,
-        grad: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-        lse: torch.Tensor,
-        attn_metadata: FlashAttentionMetadata | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the gradients; by the kernel's own backward in version 4, whose arguments are ours. See `AttentionImpl`."""
-        if self._version.number != 4:
-            return super().part_gradients(grad, query, key, value, output, lse, attn_metadata)
-        q, scale = with_positive_scale(query, self.softmax_scale)
-        # weights are exp(score - lse): none where no key is seen
-        lse = lse.masked_fill(lse == float("-inf"), float("inf"))
-        grad_q, grad_k, grad_v = torch.ops.attnmux.flash_attn_4_backward(
-            grad, q, key, value, output, lse, scale, self.causal, self._deterministic, None, None, None, None
-        )
-        factor = 1.0 if self.softmax_scale > 0.0 else -1.0 if self.softmax_scale < 0.0 else 0.0
-        return grad_q if factor == 1.0 else grad_q * factor, grad_k, grad_v
-
     def _run(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: FlashAttentionMetadata | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
