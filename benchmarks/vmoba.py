@@ -1,4 +1,4 @@
-"""VMOBA_ATTN next to dense attention: times and peak memory of top-k per query, on random and on smooth inputs.
+"""VMOBA_ATTN next to dense attention: times and peak memory of top-k and of thresholds, on random and on smooth inputs.
 
     python benchmarks/vmoba.py benchmarks/results/vmoba.json
     python benchmarks/vmoba.py out.json --device cpu --quick       (a dry run: the reference on a tiny video)
@@ -10,6 +10,7 @@ that a call allocates. The released VMoBA is a row with a reason where its packa
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -20,35 +21,24 @@ from torch.nn import functional as F
 
 from attnmux.bench import Case, check_samples, describe_environment, make_clock, measure, refused_rows, write_rows
 from attnmux.bench.record import make_row
-from attnmux_vmoba.ops import attend_chunks, select_chunks
-from attnmux_vmoba.prepare import Selection, from_chunk_order, resolve_chunks, self_chunks
+from attnmux_vmoba.bench import GRID, LAYERS, THRESHOLD, ChosenPattern
+from attnmux_vmoba.ops import attend_chunks
+from attnmux_vmoba.prepare import Selection, resolve_chunks
 
-GRID, QUICK_GRID = (20, 48, 32), (5, 8, 8)
-# name: (chunk size, chunk size of a quick run, top-k)
-LAYERS = {
-    "temporal": (4, 1, 3),
-    "spatial": ((12, 8), (4, 4), 3),
-    "spatio_temporal": ((4, 12, 8), (1, 4, 4), 8),
-}
+QUICK_GRID = (5, 8, 8)
+# chunk size of a full run, of a quick run
+CHUNK_SIZES = {"temporal": (4, 1), "spatial": ((12, 8), (4, 4)), "spatio_temporal": ((4, 12, 8), (1, 4, 4))}
 
-
-class ChosenPattern:
-    """Which keys the chosen chunks of q and k mean; the `Pattern` of the correctness gate. The choice itself is held by tests."""
-
-    def __init__(self, q, k, grid, chunk_size, topk):
-        chunks = resolve_chunks(grid, chunk_size)
-        chosen = select_chunks(q, k, patch_resolution=grid, chunk_size=chunk_size, topk=topk)  # [B, H, C, S]
-        self._chosen = from_chunk_order(chosen.permute(0, 3, 1, 2), chunks)  # [B, S, H, C]
-        own = self_chunks(chunks, q.device).int().argmax(0)  # [S], in chunk order
-        self._chunk = from_chunk_order(own[None, :, None, None], chunks)[0, :, 0, 0]
-        sizes = torch.bincount(own, minlength=chunks.num_chunks)
-        self._pairs = int((chosen.sum((0, 1, 3)) * sizes).sum())
-
-    def visible(self, batch, head, rows, keys):
-        return self._chosen[batch, rows, head][:, self._chunk[keys]]
-
-    def pairs(self):
-        return self._pairs
+BY_THRESHOLD = Selection("threshold", threshold=THRESHOLD)
+# what is measured, the most important first: inputs, kind of chunk, choice
+ENTRIES = (
+    *(("random", kind, Selection(topk=topk)) for kind, (topk, _) in LAYERS.items()),
+    *(("random", kind, BY_THRESHOLD) for kind in LAYERS),
+    # about what the threshold keeps
+    ("random", "spatio_temporal", Selection(topk=13)),
+    *(("smooth", kind, Selection(topk=topk)) for kind, (topk, _) in LAYERS.items()),
+    *(("smooth", kind, BY_THRESHOLD) for kind in LAYERS),
+)
 
 
 def make_inputs(kind, grid, case, device):
@@ -159,7 +149,7 @@ def main():
     started = time.monotonic()
     device = torch.device(arguments.device)
     grid = QUICK_GRID if arguments.quick else GRID
-    length = grid[0] * grid[1] * grid[2]
+    length = math.prod(grid)
     budget_s = 0.02 if arguments.quick else 0.25
     clock = make_clock(device)
     environment = describe_environment(device, commit=os.environ.get("COMMIT"))
@@ -176,51 +166,36 @@ def main():
         for row in found:
             number = f"{row['median_ms']:.3f} ms" if row["median_ms"] else row["refused"][:200]
             more = " ".join(f"{key} {row[key]:.2f}" for key in ("host_ms", "peak_mib") if row.get(key) is not None)
-            sys.stdout.write(
-                f"{time.monotonic() - started:6.1f} s  {row['case']} {row['backend']} {row['direction']}: {number} {more}\n"
-            )
+            what = " ".join(row[key] for key in ("case", "lists", "backend", "direction"))
+            sys.stdout.write(f"{time.monotonic() - started:6.1f} s  {what}: {number} {more}\n")
         sys.stdout.flush()
 
-    for kind in ("random", "smooth"):
-        inputs = make_inputs(kind, grid, base, device)
-        if kind == "random":
-            dense = sdpa_cudnn(base) if device.type == "cuda" else sdpa_flash(base)
+    inputs, inputs_kind = make_inputs("random", grid, base, device), "random"
+    dense = sdpa_cudnn(base) if device.type == "cuda" else sdpa_flash(base)
 
-            def attend_dense(q, k, v, dense=dense):
-                return dense.attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    def attend_dense(q, k, v):
+        return dense.attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
-            keep(
-                measure_rows(
-                    base,
-                    "SDPA",
-                    dense.engine,
-                    attend_dense,
-                    dense.pattern,
-                    inputs,
-                    clock,
-                    environment,
-                    budget_s,
-                    is_peer=True,
-                )
-            )
-        for layer, (full_chunk, quick_chunk, topk) in LAYERS.items():
-            if time.monotonic() - started > arguments.limit:
-                sys.stdout.write(f"{kind} {layer}: not begun, {arguments.limit:g} s are over\n")
-                continue
-            chunk_size = quick_chunk if arguments.quick else full_chunk
-            chunks = resolve_chunks(grid, chunk_size)
-            pattern = ChosenPattern(*inputs[:2], grid, chunk_size, topk)
-            share = min(1.0, topk / chunks.num_chunks)
-            case = dataclasses.replace(base, name=f"vmoba_{layer}", lists=kind, keep=share)
-            how = Selection(topk=topk)
+    measured = (clock, environment, budget_s)
+    keep(measure_rows(base, "SDPA", dense.engine, attend_dense, dense.pattern, inputs, *measured, is_peer=True))
+    for kind, layer, how in ENTRIES:
+        if time.monotonic() - started > arguments.limit:
+            sys.stdout.write(f"{kind} {layer} {how}: not begun, {arguments.limit:g} s are over\n")
+            continue
+        if kind != inputs_kind:
+            inputs, inputs_kind = make_inputs(kind, grid, base, device), kind
+        chunks = resolve_chunks(grid, CHUNK_SIZES[layer][arguments.quick])
+        pattern = ChosenPattern(*inputs[:2], chunks, how)
+        share = pattern.pairs() / (base.B * base.H * length**2)
+        choice = f"top-k {how.topk}" if how.mode == "topk" else f"threshold {how.threshold}"
+        case = dataclasses.replace(base, name=f"vmoba_{layer}", lists=f"{kind}, {choice}", keep=round(share, 4))
 
-            def attend(q, k, v, chunks=chunks, how=how):
-                return attend_chunks(q, k, v, chunks, how)
+        def attend(q, k, v, chunks=chunks, how=how):
+            return attend_chunks(q, k, v, chunks, how)
 
-            engine = "triton" if device.type == "cuda" else "reference"
-            keep(measure_rows(case, "VMOBA_ATTN", engine, attend, pattern, inputs, clock, environment, budget_s))
-            del pattern
-        del inputs
+        engine = "triton" if device.type == "cuda" else "reference"
+        keep(measure_rows(case, "VMOBA_ATTN", engine, attend, pattern, inputs, *measured))
+        del pattern
     try:
         released_vmoba()
         reason = "this benchmark does not run it yet"

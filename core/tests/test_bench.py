@@ -228,6 +228,21 @@ def test_table_has_one_line_per_case_and_lists_what_has_no_number(rows):
     assert "- OURS (fast), dense, backward: it raised things" in table
 
 
+def test_cases_of_one_name_are_told_apart_by_what_differs(environment):
+    cases = [
+        Case(name="sparse", S_q=1024, keep=0.1, lists="random"),
+        Case(name="sparse", S_q=1024, keep=0.2, lists="random"),
+        Case(name="sparse", S_q=1024, keep=0.1, lists="sink"),
+        Case(name="sparse", S_q=2048, keep=0.1, lists="random"),
+    ]
+    made = [
+        make_row(case, "forward", environment, gate="green", timing=Timing(2.0, 1.5, 2.5, 9), backend="OURS", engine="")
+        for case in cases
+    ]
+    names = [line.split("|")[1].strip() for line in markdown_table(made).splitlines()[2:6]]
+    assert names == ["sparse, random, keep 0.1", "sparse, random, keep 0.2", "sparse, sink", "sparse"]
+
+
 def test_document_sections_are_made_anew_and_the_rest_stays(tmp_path, rows):
     write_rows(tmp_path / "speed.json", rows)
     text = "before\n<!-- benchmarks: speed.json -->\nold\n<!-- /benchmarks -->\nafter\n"

@@ -10,14 +10,21 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_kernels.py"
 # The interpreter is chosen by the variable above, before triton is imported.
 # ruff: noqa: E402
 
-from attnmux.testing import assert_close_to_oracle, dense_attention_baseline, make_inputs, poisoned_memory
+from attnmux.testing import (
+    assert_close_to_oracle,
+    dense_attention_baseline,
+    dense_attention_oracle,
+    make_inputs,
+    measure_error,
+    poisoned_memory,
+)
 from attnmux_blocksparse.kernels import backward as block_sparse_backward
 from attnmux_blocksparse.kernels import forward as block_sparse_forward
 from attnmux_blocksparse.kernels.configs import BackwardConfig, ForwardConfig
 from attnmux_vmoba import reference
 from attnmux_vmoba.kernels import launch, sort
 from attnmux_vmoba.kernels.select import launch_select
-from attnmux_vmoba.prepare import Selection, resolve_chunks, unpack_bits
+from attnmux_vmoba.prepare import Selection, from_chunk_order, resolve_chunks, to_chunk_order, unpack_bits
 
 # name: (grid, chunk size, topk, heads, key heads, head size, layout, dtype)
 CASES = {
@@ -25,7 +32,7 @@ CASES = {
     "temporal_short_last": ((3, 8, 12), 0.7, 3, 2, 2, 16, "contiguous", torch.float32),
     "temporal_short_last_in_place": ((1, 1, 150), 64 / 150, 2, 2, 2, 16, "contiguous", torch.float32),
     "spatial": ((2, 8, 12), (4, 4), 2, 2, 1, 16, "contiguous", torch.float32),
-    "spatial_whole_blocks": ((4, 8, 8), (4, 4), 3, 4, 2, 16, "packed", torch.float32),
+    "spatial_whole_blocks": ((4, 8, 8), (4, 4), 3, 2, 1, 16, "packed", torch.float32),
     "st": ((4, 6, 8), (2, 3, 4), 3, 2, 2, 48, "heads_first", torch.float32),
     "st_many": ((4, 6, 8), (2, 2, 2), 3, 1, 1, 16, "contiguous", torch.float16),
     "one_chunk": ((2, 4, 4), 2, 4, 1, 1, 16, "contiguous", torch.float32),
@@ -67,8 +74,8 @@ def operator_in_the_interpreter(monkeypatch):
         block_sparse_backward.launch_dkdv(rows, k, v, do, *stats, dk, dv, index, softmax_scale=scale, config=config)
         block_sparse_backward.launch_dq(rows, k, v, do, *stats, rows, index, softmax_scale=scale, config=config)
 
-    monkeypatch.setattr(launch, "attend", attend)
-    monkeypatch.setattr(launch, "differentiate", differentiate)
+    monkeypatch.setattr(launch, "run_operator", attend)
+    monkeypatch.setattr(launch, "differentiate_operator", differentiate)
 
 
 @pytest.mark.parametrize("name", ["temporal_short_last", "spatial", "st", "st_many", "one_token", "own_alone"])
@@ -100,8 +107,6 @@ def test_equal_gates_go_to_the_lower_chunk(how):
     q = torch.randint(-1, 2, (1, chunks.length, 1, 16), generator=generator).float()
     k = torch.randint(0, 2, (1, chunks.num_chunks, 1, 16), generator=generator).float()
     k = k.repeat_interleave(chunks.chunk_tokens, 1)
-    from attnmux_vmoba.prepare import from_chunk_order
-
     k = from_chunk_order(k, chunks)
     assert torch.equal(launch_select(q, k, chunks, how), reference.select_bits(q, k, chunks, how))
     assert torch.equal(launch_select(q * 0, k, chunks, how), reference.select_bits(q * 0, k, chunks, how))
@@ -126,15 +131,19 @@ def test_pairs_are_sorted_by_chunk_and_token(name):
         pairs = sort.sort_pairs(words, chunks, topk)
         lists, counts = sort.tile_lists(pairs, 3, 2)
         offsets, entries, order = sort.transposed_lists(pairs, 3, 2)
-    assert torch.equal(pairs.sizes, chosen.sum(-1).int())
+    assert torch.equal(pairs.sizes[:, :, 0], chosen.sum(-1).int())
+    assert (pairs.crowded == 0).all()
+    assert torch.equal(pairs.raster, from_chunk_order_place(chunks))
     for b in range(chosen.shape[0]):
         for h in range(chosen.shape[1]):
             row, chunk_of_tile = 0, []
             for c in range(chunks.num_chunks):
                 tokens = chosen[b, h, c].nonzero()[:, 0].tolist()
+                assert pairs.starts[b, h, 0, c] == row
                 for i, token in enumerate(tokens):
                     slot = int(chosen[b, h, :c, token].sum())
-                    assert pairs.rows[b, h, slot, token] == row + i
+                    assert pairs.rows[b, h, 0, pairs.firsts[b, h, 0, token] + slot] == row + i
+                    assert pairs.order[b, h, 0, row + i] == pairs.raster[token]
                 tiles = -(-len(tokens) // sort.TILE)
                 chunk_of_tile += [c] * tiles
                 row += tiles * sort.TILE
@@ -152,21 +161,23 @@ def test_pairs_are_sorted_by_chunk_and_token(name):
             assert (lengths.diff() <= 0).all()
 
 
-def check(name, q, k, v, chunks, how, topk):
-    words = reference.select_bits(q, k, chunks, how)
+def from_chunk_order_place(chunks):
+    """Raster position of every token in chunk order."""
+    return to_chunk_order(torch.arange(chunks.length)[None], chunks)[0].int()
+
+
+def check(q, k, v, words, chunks, topk, forward, backward):
     scale = 0.3
     dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(5)).to(q.dtype)
     with poisoned_memory():
-        out, lse = launch._gathered_forward(q, k, v, words, chunks, topk, scale)
-        grads = launch._gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, scale)
+        out, lse = forward(q, k, v, words, chunks, topk, scale)
+        grads = backward(dout, q, k, v, out, lse, words, chunks, topk, scale)
     exact = [x.double() for x in (q, k, v)]
     truth, truth_lse = reference.attention_forward(*exact, words, chunks, scale)
     truths = reference.attention_backward(dout.double(), *exact, truth, truth_lse, words, chunks, scale)
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     dense = dense_attention_baseline(*leaves, softmax_scale=scale)
     dense_exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    from attnmux.testing import dense_attention_oracle, measure_error
-
     dense_truth = dense_attention_oracle(*dense_exact, softmax_scale=scale)
     assert_close_to_oracle(out, truth, measure_error(dense, dense_truth))
     assert_close_to_oracle(lse.float(), truth_lse, truth_lse.float(), what="lse")
@@ -183,25 +194,64 @@ def check(name, q, k, v, chunks, how, topk):
         assert_close_to_oracle(x, y, error, kind="gradient", what=f"gradient of {what}", term_size=size)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "spatial_whole_blocks"])
+@pytest.mark.parametrize("name", ["temporal_in_place", "temporal_short_last", "spatial", "one_token", "own_alone"])
 def test_gathered_attention_agrees_with_the_reference(name):
     q, k, v, chunks, how = make(name)
-    check(name, q, k, v, chunks, how, min(how.topk, chunks.num_chunks))
+    words = reference.select_bits(q, k, chunks, how)
+    topk = min(how.topk, chunks.num_chunks)
+    check(q, k, v, words, chunks, topk, launch._gathered_forward, launch._gathered_backward)
 
 
-def test_slices_of_heads_give_the_same_bits(monkeypatch):
+def test_gathered_queries_may_keep_different_numbers_of_chunks():
+    q, k, v, chunks, _ = make("temporal_short_last")
+    words = reference.select_bits(q, k, chunks, Selection("threshold", threshold=0.35))
+    check(q, k, v, words, chunks, 0, launch._gathered_forward, launch._gathered_backward)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_indexed_attention_agrees_with_the_reference(name):
+    q, k, v, chunks, how = make(name)
+    words = reference.select_bits(q, k, chunks, how)
+    topk = min(how.topk, chunks.num_chunks)
+    check(q, k, v, words, chunks, topk, launch._indexed_forward, launch._indexed_backward)
+
+
+@pytest.mark.parametrize(("name", "threshold", "share", "least_kept", "crowded"), [
+    ("st_many", 0.35, 1e9, 99, "none"), ("st", 0.35, 0.0, 99, "none"), ("temporal_short_last", 0.6, 0.0, 1, "some"),
+    ("spatial", 0.6, 1e9, 1, "all"),
+])  # fmt: skip
+def test_queries_may_keep_different_numbers_of_chunks(name, threshold, share, least_kept, crowded, monkeypatch):
+    """Heads of one unit (share 1e9) and of several, and units without room for their pairs, included."""
+    q, k, v, chunks, _ = make(name)
+    words = reference.select_bits(q, k, chunks, Selection("threshold", threshold=threshold))
+    for variable, value in (
+        ("LEAST_KEPT", least_kept), ("LEAST_UNIT", 64), ("FORWARD_SHARE", share), ("BACKWARD_SHARE", share)
+    ):  # fmt: skip
+        monkeypatch.setattr(launch, variable, value)
+    found = []
+    sort_pairs = sort.sort_pairs
+    monkeypatch.setattr(sort, "sort_pairs", lambda *x: found.append(sort_pairs(*x)) or found[-1])
+    check(q, k, v, words, chunks, 0, launch._indexed_forward, launch._indexed_backward)
+    assert (found[0].per_head > 1) == (share == 0.0)
+    share_crowded = float(found[0].crowded.float().mean())
+    assert {0.0: "none", 1.0: "all"}.get(share_crowded, "some") == crowded
+
+
+@pytest.mark.parametrize("path", ["gathered", "indexed"])
+def test_slices_of_heads_give_the_same_bits(path, monkeypatch):
+    forward, backward = (getattr(launch, f"_{path}_{direction}") for direction in ("forward", "backward"))
     q, k, v, chunks, how = make("spatial_whole_blocks")
     words = reference.select_bits(q, k, chunks, how)
     dout = torch.randn_like(q)
 
-    def run(share):
+    def run(share, forward, backward):
         monkeypatch.setattr(launch, "FORWARD_SHARE", share)
         monkeypatch.setattr(launch, "BACKWARD_SHARE", share)
-        out, lse = launch._gathered_forward(q, k, v, words, chunks, how.topk, 0.3)
-        return out, lse, *launch._gathered_backward(dout, q, k, v, out, lse, words, chunks, how.topk, 0.3)
+        out, lse = forward(q, k, v, words, chunks, how.topk, 0.3)
+        return out, lse, *backward(dout, q, k, v, out, lse, words, chunks, how.topk, 0.3)
 
     # heads one by one, then all at once
-    for x, y in zip(run(0.0), run(1e9), strict=True):
+    for x, y in zip(run(0.0, forward, backward), run(1e9, forward, backward), strict=True):
         assert torch.equal(x, y)
 
 

@@ -105,6 +105,15 @@ def assert_call_is_right(run, inputs, mask):
         assert_close_to_oracle(x, y, measure_error(z, y), kind="gradient", what=f"gradient of {name}", term_size=size)
 
 
+@pytest.fixture(params=["operator", "indexed"])
+def path(request, monkeypatch):
+    """Both ways to attend with a top-k per query, whatever the chunks."""
+    from attnmux_vmoba.kernels import launch
+
+    monkeypatch.setattr(launch, "OPERATOR_CHUNK_TOKENS", 0 if request.param == "operator" else 10**9)
+
+
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("name", SHAPES)
 def test_topk_agrees_with_the_dense_mask(name):
     inputs, chunks, options = make(name)
@@ -112,6 +121,7 @@ def test_topk_agrees_with_the_dense_mask(name):
     assert_call_is_right(lambda *x: moba_attention(*x, **options, engine="triton"), inputs, token_mask(chosen, chunks))
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize(("dtype", "magnitude", "layout"), [
     (torch.float16, 1.0, "contiguous"), (torch.bfloat16, 4.0, "packed"), (torch.bfloat16, 16.0, "heads_first"),
     (torch.bfloat16, 1.0, "every_other_token"),
@@ -132,36 +142,69 @@ def test_every_mode_and_scope_agrees_with_the_dense_mask(mode, scope):
     assert_call_is_right(lambda *x: moba_attention(*x, **options), inputs, token_mask(chosen, chunks))
 
 
+@pytest.mark.parametrize("least_kept", [1, 99])
+@pytest.mark.parametrize(
+    "name", ["temporal_short", "spatial_padded", "st_small", "st_many_chunks", "head_80", "head_256"]
+)
+def test_thresholds_agree_with_the_dense_mask(name, least_kept, monkeypatch):
+    """With room for all pairs, and with units that have none."""
+    from attnmux_vmoba.kernels import launch
+
+    monkeypatch.setattr(launch, "LEAST_KEPT", least_kept)
+    inputs, chunks, options = make(name)
+    options |= {"select_mode": "threshold", "threshold": 0.5, "engine": "triton"}
+    chosen = select_chunks(inputs.q, inputs.k, **options)
+    assert_call_is_right(lambda *x: moba_attention(*x, **options), inputs, token_mask(chosen, chunks))
+
+
 def run_with_gradients(inputs, options):
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out = moba_attention(*leaves, **options, engine="triton")
+    out = moba_attention(*leaves, **options)
     return out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))
 
 
-def test_ten_runs_give_the_same_bits():
+MODES = {"topk": {}, "threshold": {"select_mode": "threshold", "threshold": 0.4}}
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("mode", MODES)
+def test_ten_runs_give_the_same_bits(mode):
     inputs, _, options = make("st_small")
+    options |= MODES[mode]
     first = run_with_gradients(inputs, options)
     for _ in range(9):
         for x, y in zip(run_with_gradients(inputs, options), first, strict=True):
             assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("name", ["temporal_in_place", "spatial", "st_small"])
-def test_nothing_waits_for_the_device(name):
-    inputs, _, options = make(name)
+def assert_nothing_waits(inputs, options):
     run_with_gradients(inputs, options)
-    select_chunks(*inputs[:2], **options, select_mode="threshold")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         run_with_gradients(inputs, options)
-        select_chunks(*inputs[:2], **options, select_mode="threshold")
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_graph_replay_follows_its_inputs():
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["temporal_in_place", "spatial", "st_small"])
+def test_nothing_waits_for_the_device(name, mode):
+    inputs, _, options = make(name)
+    assert_nothing_waits(inputs, options | MODES[mode] | {"engine": "triton"})
+
+
+@pytest.mark.parametrize(("mode", "scope"), PAIRS)
+def test_no_scope_waits_for_the_device(mode, scope):
+    inputs, _, options = make("st_small")
+    assert_nothing_waits(inputs, options | {"select_mode": mode, "threshold_type": scope})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_graph_replay_follows_its_inputs(mode):
     inputs, _, options = make("spatial")
+    options |= MODES[mode]
     static = [x.clone() for x in inputs]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -181,6 +224,7 @@ def test_a_graph_replay_follows_its_inputs():
             assert torch.equal(x, y)
 
 
+@pytest.mark.usefixtures("path")
 def test_an_uneven_choice_is_right():
     """All queries want one chunk: its list is as long as the sequence, others hold their own queries alone."""
     inputs, chunks, options = make("st_small")

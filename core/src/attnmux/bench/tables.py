@@ -53,6 +53,26 @@ def _time(row: dict[str, Any] | None) -> tuple[str, str]:
     return f"{row['median_ms']:.3f} ({row['p20_ms']:.3f} to {row['p80_ms']:.3f})", f"{row['tflops']:.0f}"
 
 
+def _case_key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["case"], row["S"], row.get("lists"), row.get("keep")
+
+
+def _case_names(rows: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], str]:
+    """Return what to call each case: by its lists and its kept fraction too where cases of one name and length differ in them."""
+    keys = dict.fromkeys(map(_case_key, rows))
+    names = {}
+    for key in keys:
+        name, length, lists, keep = key
+        like = [other for other in keys if other[:2] == (name, length)]
+        parts = [str(name)]
+        if lists and len({other[2] for other in like}) > 1:
+            parts.append(str(lists))
+        if keep is not None and len({other[3] for other in like if other[2] == lists}) > 1:
+            parts.append(f"keep {keep:g}")
+        names[key] = ", ".join(parts)
+    return names
+
+
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return a table with one line per case and engine, forward and backward side by side, and a line on where.
 
@@ -64,9 +84,10 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     head = ("case", "blocks", "shape", "backend", "forward ms", "TFLOP/s", "backward ms", "TFLOP/s")
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     reasons: dict[str, None] = {}
+    names = _case_names(rows)
     for group in group_rows(rows).values():
         row = next(iter(group.values()))
-        cells = (row["case"], row["blocks"].replace("x", " x "), shape_text(row), label_of(row))
+        cells = (names[_case_key(row)], row["blocks"].replace("x", " x "), shape_text(row), label_of(row))
         times = (*_time(group.get("forward")), *_time(group.get("backward")))
         lines.append(f"| {' | '.join(map(str, (*cells, *times)))} |")
         for found in group.values():

@@ -403,7 +403,7 @@ class VMOBAAttentionBackend(AttentionBackend):
             return f"reference, plain PyTorch (the kernels compute in half precision, not {request.dtype})"
         if request.head_size % 16 or not 16 <= request.head_size <= 256:
             return f"reference, plain PyTorch (the kernels take head sizes 16 to 256 in steps of 16, not {request.head_size})"
-        return "triton, attention on the block-sparse operator"
+        return "triton, large chunks on the block-sparse operator"
 
     @staticmethod
     def get_conformance_cls() -> type[VMOBAAttentionConformance]:

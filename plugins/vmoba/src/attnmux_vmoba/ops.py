@@ -15,7 +15,7 @@ from attnmux_vmoba import reference
 from attnmux_vmoba.kernels import ENGINES, KernelRequest, choose_engine
 from attnmux_vmoba.prepare import ChunkGrid, ChunkSize, Selection, check_selection, resolve_chunks, unpack_bits
 
-__all__ = ["ENGINES", "attend_chunks", "check_tensors", "moba_attention", "select_chunks"]
+__all__ = ["ENGINES", "attend_chunks", "check_tensors", "moba_attention", "select_bits", "select_chunks"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -90,7 +90,7 @@ def select_chunks(
     chunks = resolve_chunks(patch_resolution, chunk_size)
     check_tensors(q, k, None, chunks)
     how = Selection(select_mode, threshold_type, topk, threshold)
-    return unpack_bits(_select(q, k, chunks, how, engine), chunks.num_chunks)
+    return unpack_bits(select_bits(q, k, chunks, how, engine), chunks.num_chunks)
 
 
 def attend_chunks(
@@ -109,12 +109,7 @@ def attend_chunks(
     # comparisons rather than math.isfinite, which cannot be traced with a dynamic scale; NaN fails them too
     if not -math.inf < scale < math.inf:
         raise UnsupportedRequestError(f"softmax_scale must be finite, got {softmax_scale!r}")
-    if engine == "triton" and (how.mode != "topk" or how.scope != "query_head"):
-        raise UnsupportedRequestError(
-            f"engine 'triton' cannot run this call: mode {how.mode!r} with scope {how.scope!r} gives queries different numbers of "
-            "chunks, and the kernels take one number for all; use engine='reference', or mode 'topk' with scope 'query_head'"
-        )
-    words = _select(q, k, chunks, how, engine)
+    words = select_bits(q, k, chunks, how, engine)
     every_query_keeps = how.topk if how.mode == "topk" and how.scope == "query_head" else 0
     out, _ = torch.ops.attnmux_vmoba.forward(
         q, k, v, words, chunks.grid, chunks.box, every_query_keeps, scale, engine or ""
@@ -122,7 +117,10 @@ def attend_chunks(
     return out  # type: ignore[no-any-return]
 
 
-def _select(q: torch.Tensor, k: torch.Tensor, chunks: ChunkGrid, how: Selection, engine: str | None) -> torch.Tensor:
+def select_bits(
+    q: torch.Tensor, k: torch.Tensor, chunks: ChunkGrid, how: Selection, engine: str | None = None
+) -> torch.Tensor:
+    """Return the choice as `prepare.pack_bits` packs it; the arguments are checked already."""
     if engine == "triton" and how.scope != "query_head":
         raise UnsupportedRequestError(
             f"engine 'triton' chooses by query and head alone, and the scope is {how.scope!r}; use engine='reference'"
@@ -182,7 +180,7 @@ def _select_op(
     engine: str,
 ) -> torch.Tensor:
     chunks, how = _chunks(grid, box), Selection(mode, scope, topk, threshold, keeps_one)
-    # scopes over many queries need their gates in memory, which the reference has
+    # budgets over many queries need their gates in memory, which the reference has
     if choose_engine(engine, KernelRequest(q, k, chunks)) == "reference" or scope != "query_head":
         with torch.autocast(q.device.type, enabled=False):
             return reference.select_bits(q, k, chunks, how)
@@ -211,7 +209,7 @@ def _forward_op(
     engine: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     chunks = _chunks(grid, box)
-    if choose_engine(engine, KernelRequest(q, k, chunks)) == "reference" or not topk:
+    if choose_engine(engine, KernelRequest(q, k, chunks)) == "reference":
         with torch.autocast(q.device.type, enabled=False):
             return reference.attention_forward(q, k, v, words, chunks, softmax_scale)
     from attnmux_vmoba.kernels.launch import attention_forward
@@ -243,7 +241,7 @@ def _backward_op(
     engine: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     chunks = _chunks(grid, box)
-    if choose_engine(engine, KernelRequest(q, k, chunks)) == "reference" or not topk:
+    if choose_engine(engine, KernelRequest(q, k, chunks)) == "reference":
         with torch.autocast(q.device.type, enabled=False):
             return reference.attention_backward(dout, q, k, v, out, lse, words, chunks, softmax_scale)
     from attnmux_vmoba.kernels.launch import attention_backward

@@ -122,18 +122,17 @@ def forward(
         )  # fmt: skip
         del inputs
     coarse = None
-    out = fine
     kept = [q.new_empty(0), *(q.new_empty(0, dtype=torch.float32) for _ in range(5))]
     if gate is not None:
         gate = _with_rows(gate)
         q_means, k_means, v_means = means
         coarse, coarse_lse = means_attention.coarse_attention(q_means, k_means, v_means, scale)
         if keeps:
-            out = torch.empty_like(fine)
             kept = [fine, *means, coarse, coarse_lse]
-    if raster is None:
-        out = fine.new_empty(q.shape)
-    if out is not fine or gate is not None:
+    # With neither a copy to undo nor a backward to keep it for, the fine branch becomes the output where it is.
+    is_in_place = raster is not None and (gate is None or not keeps)
+    out = fine if is_in_place else fine.new_empty(q.shape)
+    if not is_in_place or gate is not None:
         tiles.untile(fine, coarse, gate, out, geometry.token_of_slot, n_tiles, in_tiles=raster is None)
     return Forward(out, kept[0], lse, blocks, *kept[1:])
 

@@ -120,12 +120,16 @@ def last_block_tokens(blocks, n, len_k, BLOCK_K: gl.constexpr):
     return len_k - block * BLOCK_K
 
 
+# Making one takes as long as all else of a descriptor.
+_FLAT_BOX, _RASTER_BOX = (gl.NVMMASharedLayout(128, 16, rank) for rank in (4, 5))
+
+
 def describe(x: torch.Tensor, rows: int, columns: int, raster: RasterTiles | None = None) -> TensorDescriptor:
     """TMA descriptor of x [B, S, H, D] with boxes of rows x columns.
 
     It is seen as [B, H, S, D]; where blocks are tiles of a raster as [B * T, H, W, heads, D], with boxes that are part of a tile.
     """
     if raster is not None:
-        return TensorDescriptor(x, *raster.view(x), raster.box(rows, columns), gl.NVMMASharedLayout(128, 16, 5))
+        return TensorDescriptor(x, *raster.view(x), raster.box(rows, columns), _RASTER_BOX)
     shape = [x.shape[0], x.shape[2], x.shape[1], x.shape[3]]
-    return TensorDescriptor(x, shape, tma_strides(x), [1, 1, rows, columns], gl.NVMMASharedLayout(128, 16, 4))
+    return TensorDescriptor(x, shape, tma_strides(x), [1, 1, rows, columns], _FLAT_BOX)

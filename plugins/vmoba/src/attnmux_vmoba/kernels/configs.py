@@ -20,3 +20,33 @@ def select_config(cols: int) -> SelectConfig:
     if cols == 256:
         return SelectConfig(64, 32, 8)
     return SelectConfig(32, 32, 8)
+
+
+@dataclass(frozen=True)
+class AttendConfig:
+    """Attention of the rows of sorted pairs.
+
+    rows: of a program, a divisor of 128. keys: per step. warps: of the kernel. stages: steps whose rows are in shared memory at
+    once.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class AttendConfigs:
+    """What runs for one head size: the forward pass, dK with dV, and dQ."""
+
+    forward: AttendConfig
+    dkdv: AttendConfig
+    dq: AttendConfig
+
+
+def attend_configs(head_dim_padded: int) -> AttendConfigs:
+    """The table row for a head size, rounded up to a power of two."""
+    if head_dim_padded > 128:
+        return AttendConfigs(AttendConfig(64, 32, 4, 2), AttendConfig(32, 32, 4, 2), AttendConfig(32, 32, 4, 2))
+    return AttendConfigs(AttendConfig(128, 64, 4, 2), AttendConfig(64, 64, 4, 2), AttendConfig(64, 64, 4, 2))

@@ -46,99 +46,122 @@ def _vmoba_layout_kernel(
         store_rows(dst_ptr, x, raster, is_token, stride_dst_s, D, D_PAD)
 
 
-@triton.jit(do_not_specialize=["n_token_blocks", "n_slots", "n_rows", "n_stats", "n_chunks", *GEOMETRY])
+@triton.jit
+def _pairs_of(first_ptr, unit, n_units, unit_tokens, length, ROWS: tl.constexpr):
+    """Tokens of a program's rows of a unit, the first of their pairs, and the number of them; none beyond the sequence."""
+    local = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = unit % n_units * unit_tokens + local
+    is_token = (local < unit_tokens) & (token < length)
+    at = first_ptr + unit * (unit_tokens + 1) + local
+    first = tl.load(at, mask=is_token, other=0)
+    return token, first, tl.load(at + 1, mask=is_token, other=0) - first
+
+
+@triton.jit(do_not_specialize=["first_unit", "n_heads", "n_token_blocks", "unit_tokens", "capacity", "n_rows", "n_stats",
+                               "n_chunks", "length"])
 def _vmoba_gather_kernel(
-    q_ptr, do_ptr, out_ptr, lse_ptr, row_ptr, size_ptr, q_dst_ptr, do_dst_ptr, lse2_ptr, delta_ptr,
-    stride_q_s, stride_q_h, stride_do_s, stride_do_h, stride_out_s, stride_out_h,
-    n_token_blocks, n_slots, n_rows, n_stats, n_chunks,
-    n_h, n_w, box_t, box_h, box_w, grid_h, grid_w, chunk_tokens, length,
-    FOR_BACKWARD: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr,
+    q_ptr, do_ptr, out_ptr, lse_ptr, first_ptr, row_ptr, raster_ptr, size_ptr, start_ptr,
+    q_dst_ptr, do_dst_ptr, lse2_ptr, delta_ptr,
+    stride_q_b, stride_q_s, stride_q_h, stride_do_b, stride_do_s, stride_do_h, stride_out_b, stride_out_s, stride_out_h,
+    first_unit, n_heads, n_token_blocks, unit_tokens, capacity, n_rows, n_stats, n_chunks, length,
+    FOR_BACKWARD: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
 ):
-    head = tl.program_id(1).to(tl.int64)
+    bh = (first_unit + tl.program_id(1)).to(tl.int64)
+    local = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0)
-    q_dst_ptr += head * n_rows * D
+    q_dst_ptr += local * n_rows * D
     if FOR_BACKWARD:
-        do_dst_ptr += head * n_rows * D
+        do_dst_ptr += local * n_rows * D
+        lse2_ptr += local * n_stats
+        delta_ptr += local * n_stats
     if block < n_token_blocks:
-        token = block * ROWS + tl.arange(0, ROWS)
-        is_token = token < length
-        raster = raster_of(token // chunk_tokens, token % chunk_tokens, n_h, n_w, box_t, box_h, box_w, grid_h, grid_w)
-        q = load_rows(q_ptr + head * stride_q_h, raster, is_token, stride_q_s, D, D_PAD)
+        token, first, n = _pairs_of(first_ptr, bh, 1, unit_tokens, length, ROWS)
+        is_token = n > 0
+        raster = tl.load(raster_ptr + token, mask=is_token, other=0)
+        batch = bh // n_heads
+        head = bh % n_heads
+        q = load_rows(q_ptr + batch * stride_q_b + head * stride_q_h, raster, is_token, stride_q_s, D, D_PAD)
         if FOR_BACKWARD:
-            do = load_rows(do_ptr + head * stride_do_h, raster, is_token, stride_do_s, D, D_PAD)
-            out = load_rows(out_ptr + head * stride_out_h, raster, is_token, stride_out_s, D, D_PAD)
+            do = load_rows(do_ptr + batch * stride_do_b + head * stride_do_h, raster, is_token, stride_do_s, D, D_PAD)
+            out = load_rows(out_ptr + batch * stride_out_b + head * stride_out_h, raster, is_token, stride_out_s, D, D_PAD)
             delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
-            lse2 = tl.load(lse_ptr + head * length + token, mask=is_token, other=0.0) * 1.4426950408889634
-        for slot in range(n_slots):
-            rows = tl.load(row_ptr + (head * n_slots + slot) * length + token, mask=is_token, other=0)
-            store_rows(q_dst_ptr, q, rows, is_token, D, D, D_PAD)
+            lse2 = tl.load(lse_ptr + bh * length + token, mask=is_token, other=0.0) * 1.4426950408889634
+        row_ptr += bh * capacity
+        for slot in range(tl.max(n, 0)):
+            is_pair = slot < n
+            rows = tl.load(row_ptr + first + slot, mask=is_pair, other=0)
+            store_rows(q_dst_ptr, q, rows, is_pair, D, D, D_PAD)
             if FOR_BACKWARD:
-                store_rows(do_dst_ptr, do, rows, is_token, D, D, D_PAD)
-                tl.store(lse2_ptr + head * n_stats + rows, lse2, mask=is_token)
-                tl.store(delta_ptr + head * n_stats + rows, delta, mask=is_token)
+                store_rows(do_dst_ptr, do, rows, is_pair, D, D, D_PAD)
+                tl.store(lse2_ptr + rows, lse2, mask=is_pair)
+                tl.store(delta_ptr + rows, delta, mask=is_pair)
     elif FOR_BACKWARD:
         # Rows between the last pair of a chunk and its last tile's end: they would be summed over, so they hold zeros.
         chunk = block - n_token_blocks
-        cols = tl.arange(0, COLS)
-        sizes = tl.load(size_ptr + head * n_chunks + cols, mask=cols < n_chunks, other=0)
-        tiles = (sizes + TILE - 1) // TILE
-        first = tl.sum(tl.where(cols < chunk, tiles, 0), 0) * TILE
-        size = tl.sum(tl.where(cols == chunk, sizes, 0), 0)
-        last = first + tl.sum(tl.where(cols == chunk, tiles, 0), 0) * TILE
+        end = tl.load(start_ptr + bh * n_chunks + chunk) + tl.load(size_ptr + bh * n_chunks + chunk)
+        last = (end + TILE - 1) // TILE * TILE
         zeros = tl.zeros([ROWS, D_PAD], tl.float32)
-        for start in range(first + size, last, ROWS):
+        for start in range(end, last, ROWS):
             rows = start + tl.arange(0, ROWS)
             store_rows(q_dst_ptr, zeros, rows, rows < last, D, D, D_PAD)
             store_rows(do_dst_ptr, zeros, rows, rows < last, D, D, D_PAD)
-            tl.store(lse2_ptr + head * n_stats + rows, tl.zeros([ROWS], tl.float32), mask=rows < last)
-            tl.store(delta_ptr + head * n_stats + rows, tl.zeros([ROWS], tl.float32), mask=rows < last)
+            tl.store(lse2_ptr + rows, tl.zeros([ROWS], tl.float32), mask=rows < last)
+            tl.store(delta_ptr + rows, tl.zeros([ROWS], tl.float32), mask=rows < last)
 
 
-@triton.jit(do_not_specialize=["n_slots", "n_rows", *GEOMETRY])
+@triton.jit(do_not_specialize=["first_unit", "n_units", "n_heads", "unit_tokens", "capacity", "n_rows", "length"])
 def _vmoba_merge_kernel(
-    part_ptr, part_lse_ptr, row_ptr, out_ptr, lse_ptr, stride_out_s, stride_out_h, n_slots, n_rows,
-    n_h, n_w, box_t, box_h, box_w, grid_h, grid_w, chunk_tokens, length,
+    part_ptr, part_lse_ptr, first_ptr, row_ptr, raster_ptr, out_ptr, lse_ptr, stride_out_b, stride_out_s, stride_out_h,
+    first_unit, n_units, n_heads, unit_tokens, capacity, n_rows, length,
     ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
 ):
-    head = tl.program_id(1).to(tl.int64)
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    is_token = token < length
-    part_ptr += head * n_rows * D
-    part_lse_ptr += head * n_rows
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    for slot in range(n_slots):
-        rows = tl.load(row_ptr + (head * n_slots + slot) * length + token, mask=is_token, other=0)
-        peak = tl.maximum(peak, tl.load(part_lse_ptr + rows, mask=is_token, other=0.0))
+    unit = (first_unit + tl.program_id(1)).to(tl.int64)
+    bh = unit // n_units
+    token, first, n = _pairs_of(first_ptr, unit, n_units, unit_tokens, length, ROWS)
+    part_ptr += tl.program_id(1).to(tl.int64) * n_rows * D
+    part_lse_ptr += tl.program_id(1).to(tl.int64) * n_rows
+    row_ptr += unit * capacity
+    most = tl.max(n, 0)
+    peak = tl.full([ROWS], -1e30, tl.float32)
+    for slot in range(most):
+        is_pair = slot < n
+        rows = tl.load(row_ptr + first + slot, mask=is_pair, other=0)
+        peak = tl.maximum(peak, tl.load(part_lse_ptr + rows, mask=is_pair, other=float("-inf")))
     weight = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
-    for slot in range(n_slots):
-        rows = tl.load(row_ptr + (head * n_slots + slot) * length + token, mask=is_token, other=0)
-        share = tl.exp(tl.load(part_lse_ptr + rows, mask=is_token, other=0.0) - peak)
-        part = load_rows(part_ptr, rows, is_token, D, D, D_PAD)
+    for slot in range(most):
+        is_pair = slot < n
+        rows = tl.load(row_ptr + first + slot, mask=is_pair, other=0)
+        share = tl.exp(tl.load(part_lse_ptr + rows, mask=is_pair, other=float("-inf")) - peak)
+        part = load_rows(part_ptr, rows, is_pair, D, D, D_PAD)
         acc += share[:, None] * part.to(tl.float32)
         weight += share
-    raster = raster_of(token // chunk_tokens, token % chunk_tokens, n_h, n_w, box_t, box_h, box_w, grid_h, grid_w)
-    store_rows(out_ptr + head * stride_out_h, acc / weight[:, None], raster, is_token, stride_out_s, D, D_PAD)
-    tl.store(lse_ptr + head * length + token, peak + tl.log(weight), mask=is_token)
+    # a token without pairs is one of a crowded unit, or none
+    is_done = n > 0
+    raster = tl.load(raster_ptr + token, mask=is_done, other=0)
+    out_ptr += bh // n_heads * stride_out_b + bh % n_heads * stride_out_h
+    store_rows(out_ptr, acc / weight[:, None], raster, is_done, stride_out_s, D, D_PAD)
+    tl.store(lse_ptr + bh * length + token, peak + tl.log(weight), mask=is_done)
 
 
-@triton.jit(do_not_specialize=["n_slots", "n_rows", *GEOMETRY])
+@triton.jit(do_not_specialize=["first_unit", "n_units", "n_heads", "unit_tokens", "capacity", "n_rows", "length"])
 def _vmoba_sum_kernel(
-    part_ptr, row_ptr, dst_ptr, stride_dst_s, stride_dst_h, n_slots, n_rows,
-    n_h, n_w, box_t, box_h, box_w, grid_h, grid_w, chunk_tokens, length,
+    part_ptr, first_ptr, row_ptr, raster_ptr, dst_ptr, stride_dst_b, stride_dst_s, stride_dst_h,
+    first_unit, n_units, n_heads, unit_tokens, capacity, n_rows, length,
     ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
 ):
-    head = tl.program_id(1).to(tl.int64)
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    is_token = token < length
-    part_ptr += head * n_rows * D
+    unit = (first_unit + tl.program_id(1)).to(tl.int64)
+    bh = unit // n_units
+    token, first, n = _pairs_of(first_ptr, unit, n_units, unit_tokens, length, ROWS)
+    part_ptr += tl.program_id(1).to(tl.int64) * n_rows * D
+    row_ptr += unit * capacity
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
-    for slot in range(n_slots):
-        rows = tl.load(row_ptr + (head * n_slots + slot) * length + token, mask=is_token, other=0)
-        acc += load_rows(part_ptr, rows, is_token, D, D, D_PAD).to(tl.float32)
-    raster = raster_of(token // chunk_tokens, token % chunk_tokens, n_h, n_w, box_t, box_h, box_w, grid_h, grid_w)
-    store_rows(dst_ptr + head * stride_dst_h, acc, raster, is_token, stride_dst_s, D, D_PAD)
+    for slot in range(tl.max(n, 0)):
+        rows = tl.load(row_ptr + first + slot, mask=slot < n, other=0)
+        acc += load_rows(part_ptr, rows, slot < n, D, D, D_PAD).to(tl.float32)
+    raster = tl.load(raster_ptr + token, mask=n > 0, other=0)
+    dst_ptr += bh // n_heads * stride_dst_b + bh % n_heads * stride_dst_h
+    store_rows(dst_ptr, acc, raster, n > 0, stride_dst_s, D, D_PAD)
 
 
 def to_chunks(k, v, k_dst, v_dst, chunks, padded_tokens: int) -> None:
@@ -159,54 +182,56 @@ def _launch_layout(k, v, k_dst, v_dst, chunks, padded_tokens, n_rows, *, to_chun
         TO_CHUNKS=to_chunks, ROWS=ROWS, D=D, D_PAD=triton.next_power_of_2(D), num_warps=4)
 
 
-def gather_queries(q, rows, sizes, dst, chunks) -> None:
-    """One sample's queries `[S, h, D]` to the rows of their pairs, in dst `[h, n_rows, D]`; its other rows are left alone.
+def gather_queries(q, pairs, first_unit, dst) -> None:
+    """Queries of the units from `first_unit` on to the rows of their pairs, in dst `[units, n_rows, D]`; its other rows are left.
 
-    rows: int32 [h, k, S] and sizes: int32 [h, C] of `SortedPairs`, of these heads.
+    q is `[B, S, H, D]`, and a unit a head.
     """
-    _launch_gather(q, None, None, None, rows, sizes, dst, None, None, chunks)
+    _launch_gather(q, None, None, None, pairs, first_unit, dst, None, None)
 
 
-def gather_for_backward(q, dout, out, lse, rows, sizes, q_dst, do_dst, stats, chunks) -> None:
+def gather_for_backward(q, dout, out, lse, pairs, first_unit, q_dst, do_dst, stats) -> None:
     """As `gather_queries`, for q and dout, with zeros between chunks; and the statistics of the rows.
 
-    lse: float32 [h, S], tokens in chunk order. stats: float32 [2, h, n_stats], the base-2 LSE and delta of every row; n_stats is
-    n_rows up to a multiple of 256.
+    lse: float32 [B, H, S], tokens in chunk order. stats: float32 [2, units, n_stats], the base-2 LSE and delta of every row;
+    n_stats is n_rows up to a multiple of 256.
     """
-    _launch_gather(q, dout, out, lse, rows, sizes, q_dst, do_dst, stats, chunks)
+    _launch_gather(q, dout, out, lse, pairs, first_unit, q_dst, do_dst, stats)
 
 
-def _launch_gather(q, dout, out, lse, rows, sizes, q_dst, do_dst, stats, chunks):
-    S, heads, D = q.shape
-    C = sizes.shape[1]
+def _launch_gather(q, dout, out, lse, pairs, first_unit, q_dst, do_dst, stats):
+    S, heads, D = q.shape[1:]
+    C = pairs.sizes.shape[3]
     n_token_blocks = triton.cdiv(S, ROWS)
     for_backward = dout is not None
     if not for_backward:
         dout = out = q
-        lse, do_dst, lse2, delta = sizes, q_dst, sizes, sizes
+        lse, do_dst, lse2, delta = pairs.sizes, q_dst, q_dst[0], q_dst[0]
     else:
         lse2, delta = stats.unbind(0)
-    _vmoba_gather_kernel[(n_token_blocks + (C if for_backward else 0), heads)](
-        q, dout, out, lse, rows, sizes, q_dst, do_dst, lse2, delta,
-        *q.stride()[:2], *dout.stride()[:2], *out.stride()[:2],
-        n_token_blocks, rows.shape[1], q_dst.shape[1], lse2.shape[1], C, *geometry_arguments(chunks),
-        FOR_BACKWARD=for_backward, ROWS=ROWS, COLS=max(16, triton.next_power_of_2(C)), TILE=128,
-        D=D, D_PAD=triton.next_power_of_2(D), num_warps=4)
+    _vmoba_gather_kernel[(n_token_blocks + (C if for_backward else 0), q_dst.shape[0])](
+        q, dout, out, lse, pairs.firsts, pairs.rows, pairs.raster, pairs.sizes, pairs.starts, q_dst, do_dst, lse2, delta,
+        *q.stride()[:3], *dout.stride()[:3], *out.stride()[:3],
+        first_unit, heads, n_token_blocks, pairs.unit_tokens, pairs.rows.shape[3], q_dst.shape[1], lse2.shape[1], C, S,
+        FOR_BACKWARD=for_backward, ROWS=ROWS, TILE=128, D=D, D_PAD=triton.next_power_of_2(D), num_warps=4)
 
 
-def merge_parts(parts, part_lse, rows, out, lse, chunks) -> None:
-    """Fill out `[S, h, D]`, raster order, and lse `[h, S]`, chunk order, from parts `[h, n_rows, D]` and their LSE."""
-    heads, n_rows, D = parts.shape
-    S = out.shape[0]
-    _vmoba_merge_kernel[(triton.cdiv(S, ROWS), heads)](
-        parts, part_lse, rows, out, lse, *out.stride()[:2], rows.shape[1], n_rows, *geometry_arguments(chunks),
-        ROWS=ROWS, D=D, D_PAD=triton.next_power_of_2(D), num_warps=4)
+def merge_parts(parts, part_lse, pairs, first_unit, out, lse) -> None:
+    """Merge what the units from `first_unit` on hold in parts `[units, n_rows, D]` and their LSE, by the LSE.
+
+    Fills their rows of out `[B, S, H, D]`, raster order, and of lse `[B, H, S]`, chunk order. Crowded units are left alone.
+    """
+    _launch_over_pairs(_vmoba_merge_kernel, (parts, part_lse), pairs, first_unit, (out, lse))
 
 
-def sum_parts(parts, rows, dst, chunks) -> None:
-    """Fill dst `[S, h, D]` in raster order with the sums of the parts `[h, n_rows, D]` of every query."""
-    heads, n_rows, D = parts.shape
-    S = dst.shape[0]
-    _vmoba_sum_kernel[(triton.cdiv(S, ROWS), heads)](
-        parts, rows, dst, *dst.stride()[:2], rows.shape[1], n_rows, *geometry_arguments(chunks),
+def sum_parts(parts, pairs, first_unit, dst) -> None:
+    """Fill the rows of dst `[B, S, H, D]`, raster order, with the sums of parts `[units, n_rows, D]`; see `merge_parts`."""
+    _launch_over_pairs(_vmoba_sum_kernel, (parts,), pairs, first_unit, (dst,))
+
+
+def _launch_over_pairs(kernel, parts, pairs, first_unit, targets):
+    n_units, n_rows, D = parts[0].shape
+    kernel[(triton.cdiv(pairs.unit_tokens, ROWS), n_units)](
+        *parts, pairs.firsts, pairs.rows, pairs.raster, *targets, *targets[0].stride()[:3],
+        first_unit, pairs.per_head, targets[0].shape[2], pairs.unit_tokens, pairs.rows.shape[3], n_rows, targets[0].shape[1],
         ROWS=ROWS, D=D, D_PAD=triton.next_power_of_2(D), num_warps=4)

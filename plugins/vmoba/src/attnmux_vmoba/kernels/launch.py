@@ -10,16 +10,26 @@ Heads are taken in slices, so that what is gathered stays small next to q, k, v 
 from __future__ import annotations
 
 import torch
+import triton
 
 from attnmux_blocksparse.kernels import KernelRequest, hopper_reasons
 from attnmux_blocksparse.kernels import launch as block_sparse
 from attnmux_blocksparse.kernels.arguments import IndexTensors
-from attnmux_vmoba.kernels import copy, sort
+from attnmux_vmoba.kernels import attend, copy, differentiate, sort
+from attnmux_vmoba.kernels.configs import attend_configs
 
 # Of the bytes of q, k, v and out (backward: and of their gradients), what the buffers of a slice of heads may take, so that
 # the peak stays below 1.3 times that of dense attention.
 FORWARD_SHARE = 0.33
 BACKWARD_SHARE = 0.57
+
+# From this many tokens a chunk on, the operator on gathered rows is faster than reading by index.
+OPERATOR_CHUNK_TOKENS = 1024
+
+# Where queries keep different numbers of chunks there is room for a quarter of all pairs, and for this many a query at least.
+LEAST_KEPT = 8
+# A head is not split into units of fewer queries: each pads the rows of every chunk.
+LEAST_UNIT = 4 * sort.TILE
 
 
 def key_layout(chunks):
@@ -115,20 +125,70 @@ def attention_forward(q, k, v, words, chunks, topk: int, softmax_scale: float):
         v: like k.
         words: the choice, int32 `[B, H, ceil(C / 32), S]`.
         chunks: the chunks.
-        topk: chunks of every query, >= 1.
+        topk: chunks of every query, >= 1, or 0 where queries keep different numbers.
         softmax_scale: factor on the scores.
 
     Returns:
         out `[B, S, H, D]`, contiguous, in raster order, and lse float32 `[B, H, S]` in chunk order.
     """
+    topk = min(topk, chunks.num_chunks)
+    budget = _budget(q, k, FORWARD_SHARE * 2)
+    forward = _gathered_forward if takes_operator(q, chunks, topk, budget) else _indexed_forward
     with torch.cuda.device(q.device):
-        return _gathered_forward(q, k, v, words, chunks, min(topk, chunks.num_chunks), softmax_scale)
+        return forward(q, k, v, words, chunks, topk, softmax_scale)
+
+
+def _budget(q, k, share: float) -> float:
+    """Bytes of a share of q and k."""
+    return share * (q.numel() + k.numel()) * q.element_size()
+
+
+def takes_operator(q, chunks, topk: int, budget: float) -> bool:
+    """Whether the block-sparse operator runs on gathered rows, rather than the kernels that read by index.
+
+    It needs room for every pair of a head, also where queries keep different numbers of chunks.
+    """
+    rows = q.shape[1] * (topk or chunks.num_chunks)
+    return chunks.chunk_tokens >= OPERATOR_CHUNK_TOKENS and (topk > 0 or rows * q.shape[3] * q.element_size() <= budget)
+
+
+def _plan(q, words, chunks, topk: int, row_bytes: int, budget: float):
+    """Sorted pairs, and the units of a slice whose rows, of `row_bytes` each, fit the budget."""
+    C, heads = chunks.num_chunks, q.shape[0] * q.shape[2]
+    kept = topk or min(C, max(LEAST_KEPT, -(-C // 4)))
+    per_head = (q.shape[1] * kept + C * sort.TILE) * row_bytes
+    # top-k never splits a head: more units are more padding, and no smaller a number of slices
+    units = 1 if topk else max(1, min(-(-int(per_head) // max(1, int(budget))), -(-q.shape[1] // LEAST_UNIT)))
+    pairs = sort.sort_pairs(words, chunks, kept, units)
+    fitting = max(1, int(budget / (pairs.tiles * sort.TILE * row_bytes)))
+    slices = -(-heads * units // fitting)
+    return pairs, -(-heads * units // slices)
+
+
+def _indexed_forward(q, k, v, words, chunks, topk, softmax_scale):
+    B, S, heads, D = q.shape
+    budget = _budget(q, k, FORWARD_SHARE * 2)
+    pairs, per_slice = _plan(q, words, chunks, topk, D * q.element_size() + 4, budget)
+    tiles, config = sort.describe_tiles(pairs), attend_configs(triton.next_power_of_2(D)).forward
+    out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
+    lse = torch.empty(B, heads, S, device=q.device, dtype=torch.float32)
+    n_rows = pairs.tiles * sort.TILE
+    parts = torch.empty(per_slice, n_rows, D, device=q.device, dtype=q.dtype)
+    part_lse = torch.empty(per_slice, n_rows, device=q.device, dtype=torch.float32)
+    options = {"softmax_scale": softmax_scale, "config": config}
+    for first in range(0, pairs.units, per_slice):
+        used = slice(0, min(per_slice, pairs.units - first))
+        attend.launch_parts(q, k, v, words, pairs, tiles, parts[used], part_lse[used], first, chunks, **options)
+        copy.merge_parts(parts[used], part_lse[used], pairs, first, out, lse)
+    if not topk:
+        attend.launch_crowded(q, k, v, words, pairs, out, lse, chunks, **options)
+    return out, lse
 
 
 def _gathered_forward(q, k, v, words, chunks, topk, softmax_scale, engine=None):
     B, S, heads, D = q.shape
     keys = _Keys(chunks)
-    pairs = sort.sort_pairs(words, chunks, topk)
+    pairs = sort.sort_pairs(words, chunks, topk or chunks.num_chunks)
     lists, counts = sort.tile_lists(pairs, keys.chunk_blocks, keys.last_blocks)
     lengths = keys.lengths(q.device)
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
@@ -136,18 +196,18 @@ def _gathered_forward(q, k, v, words, chunks, topk, softmax_scale, engine=None):
     n_rows, group = pairs.tiles * sort.TILE, heads // k.shape[2]
     row_bytes = D * q.element_size()
     key_bytes = 0 if keys.in_place else 2 * keys.rows * row_bytes
-    budget = FORWARD_SHARE * 2 * (q.numel() + k.numel()) * q.element_size() / B
+    budget = _budget(q, k, FORWARD_SHARE * 2) / B
     per_slice = heads_per_slice(heads, group, n_rows * (row_bytes + 4), key_bytes, budget, whole_groups=False)
     part_buffer = torch.empty(per_slice, n_rows, D, device=q.device, dtype=q.dtype)
     key_buffers = keys.buffers(2, k, per_slice, group)
     for b, qh, kh in _slices(q, k, per_slice):
         k_, v_ = keys.arrange(k[b, :, kh], v[b, :, kh], *key_buffers)
-        rows, parts = pairs.rows[b, qh], part_buffer[: qh.stop - qh.start]
-        copy.gather_queries(q[b, :, qh], rows, pairs.sizes[b, qh], parts, chunks)
+        parts = part_buffer[: qh.stop - qh.start]
+        copy.gather_queries(q, pairs, b * heads + qh.start, parts)
         index = _index(keys, lists, counts, lengths, b, qh)
         engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
-        part_lse = attend(parts, k_, v_, index, softmax_scale, engine)
-        copy.merge_parts(parts, part_lse, rows, out[b, :, qh], lse[b, qh], chunks)
+        part_lse = run_operator(parts, k_, v_, index, softmax_scale, engine)
+        copy.merge_parts(parts, part_lse, pairs, b * heads + qh.start, out, lse)
     return out, lse
 
 
@@ -157,7 +217,7 @@ def choose_operator(parts, k, v, index, softmax_scale) -> str:
     return "triton" if hopper_reasons(request) else "hopper"
 
 
-def attend(parts, k, v, index, softmax_scale, engine):
+def run_operator(parts, k, v, index, softmax_scale, engine):
     """Replace the queries `[h, rows, D]` by their outputs, in place; the LSE `[h, rows]`."""
     rows = parts.transpose(0, 1)[None]
     return block_sparse.attention_forward(engine, rows, k, v, index, softmax_scale, out=rows)[1][0]
@@ -167,15 +227,40 @@ def attention_backward(dout, q, k, v, out, lse, words, chunks, topk: int, softma
     """The gradients dq, dk, dv, contiguous, in the shapes and types of q, k, v; arguments as in the forward."""
     if dout.stride(3) != 1:
         dout = dout.contiguous()
+    topk = min(topk, chunks.num_chunks)
+    # gathered are queries and their gradients
+    budget = _budget(q, k, BACKWARD_SHARE * 4) / 2
+    backward = _gathered_backward if takes_operator(q, chunks, topk, budget) else _indexed_backward
     with torch.cuda.device(q.device):
-        topk = min(topk, chunks.num_chunks)
-        return _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scale)
+        return backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scale)
+
+
+def _indexed_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scale):
+    D = q.shape[3]
+    budget = _budget(q, k, BACKWARD_SHARE * 4)
+    pairs, per_slice = _plan(q, words, chunks, topk, D * q.element_size(), budget)
+    tiles, configs = sort.describe_tiles(pairs), attend_configs(triton.next_power_of_2(D))
+    stats = differentiate.launch_stats(out, dout, lse, pairs)
+    dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
+    differentiate.launch_dkdv(
+        q, k, v, dout, stats, words, pairs, sort.rank_chunks(pairs), dk, dv, chunks,
+        softmax_scale=softmax_scale, config=configs.dkdv, may_crowd=not topk,
+    )  # fmt: skip
+    parts = torch.empty(per_slice, pairs.tiles * sort.TILE, D, device=q.device, dtype=q.dtype)
+    options = {"softmax_scale": softmax_scale, "config": configs.dq}
+    for first in range(0, pairs.units, per_slice):
+        used = parts[: min(per_slice, pairs.units - first)]
+        differentiate.launch_dq_parts(q, k, v, dout, stats, words, pairs, tiles, used, first, chunks, **options)
+        copy.sum_parts(used, pairs, first, dq)
+    if not topk:
+        differentiate.launch_crowded_dq(q, k, v, dout, stats, words, pairs, dq, chunks, **options)
+    return dq, dk, dv
 
 
 def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scale, engine=None):
     heads, D = q.shape[2:]
     keys = _Keys(chunks)
-    pairs = sort.sort_pairs(words, chunks, topk)
+    pairs = sort.sort_pairs(words, chunks, topk or chunks.num_chunks)
     lists, counts = sort.tile_lists(pairs, keys.chunk_blocks, keys.last_blocks)
     transposed = sort.transposed_lists(pairs, keys.chunk_blocks, keys.last_blocks)
     lengths = keys.lengths(q.device)
@@ -183,7 +268,7 @@ def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_sca
     n_rows, group = pairs.tiles * sort.TILE, heads // k.shape[2]
     row_bytes = D * q.element_size()
     key_bytes = 0 if keys.in_place else 4 * keys.rows * row_bytes
-    budget = BACKWARD_SHARE * 4 * (q.numel() + k.numel()) * q.element_size() / q.shape[0]
+    budget = _budget(q, k, BACKWARD_SHARE * 4) / q.shape[0]
     per_slice = heads_per_slice(heads, group, n_rows * (2 * row_bytes + 8), key_bytes, budget, whole_groups=True)
     part_buffers = torch.empty(2, per_slice, n_rows, D, device=q.device, dtype=q.dtype)
     stat_buffers = torch.empty(2, per_slice, -(-n_rows // 256) * 256, device=q.device, dtype=torch.float32)
@@ -193,21 +278,20 @@ def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_sca
         dk_, dv_ = dk[b, :, kh], dv[b, :, kh]
         if not keys.in_place:
             dk_, dv_ = dk_buffer[:, : dk_.shape[1]], dv_buffer[:, : dk_.shape[1]]
-        rows = pairs.rows[b, qh]
         (parts, do), stats = part_buffers[:, : qh.stop - qh.start], stat_buffers[:, : qh.stop - qh.start]
-        copy.gather_for_backward(
-            q[b, :, qh], dout[b, :, qh], out[b, :, qh], lse[b, qh], rows, pairs.sizes[b, qh], parts, do, stats, chunks
-        )
+        copy.gather_for_backward(q, dout, out, lse, pairs, b * heads + qh.start, parts, do, stats)
         index = _index(keys, lists, counts, lengths, b, qh, transposed)
         engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
-        differentiate(parts, do, stats[0], stats[1], k_, v_, dk_[None], dv_[None], index, softmax_scale, engine)
-        copy.sum_parts(parts, rows, dq[b, :, qh], chunks)
+        differentiate_operator(
+            parts, do, stats[0], stats[1], k_, v_, dk_[None], dv_[None], index, softmax_scale, engine
+        )
+        copy.sum_parts(parts, pairs, b * heads + qh.start, dq)
         if not keys.in_place:
             copy.from_chunks(dk_, dv_, dk[b, :, kh], dv[b, :, kh], chunks, keys.padded)
     return dq, dk, dv
 
 
-def differentiate(parts, dout, lse2, delta, k, v, dk, dv, index, softmax_scale, engine) -> None:
+def differentiate_operator(parts, dout, lse2, delta, k, v, dk, dv, index, softmax_scale, engine) -> None:
     """Replace the queries `[h, rows, D]` by their gradients, in place, and fill dk and dv `[1, rows, h, D]`."""
     rows, do = parts.transpose(0, 1)[None], dout.transpose(0, 1)[None]
     block_sparse.attention_gradients(

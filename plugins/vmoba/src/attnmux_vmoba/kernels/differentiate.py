@@ -1,0 +1,261 @@
+"""Gradients of the attention of `attend`, on the same tables. Nothing is gathered but into registers, nothing added with atomics.
+
+stats   base-2 log-sum-exp and delta = rowsum(dO * O) of every query, in raster order
+dkdv    a program owns a block of a chunk's keys and walks the queries that chose the chunk, the chunks of most queries first
+dq      a program owns a tile of rows, as in `attend`; the parts of a query are summed by `copy.sum_parts`
+"""
+
+# Arguments of kernels stand in groups (pointers, strides, sizes, constants), not one a line.
+# fmt: off
+
+import torch
+import triton
+import triton.language as tl
+
+from attnmux_vmoba.kernels.attend import (
+    FULL_TILE,
+    LOG2_E,
+    chunk_constants,
+    is_member,
+    key_rows,
+    load_keys,
+    rows_of_tile,
+    stages_over_keys,
+)
+from attnmux_vmoba.kernels.configs import AttendConfig
+from attnmux_vmoba.kernels.geometry import load_rows, store_rows
+
+# Key blocks of this many chunks of every head, those of most queries, start before all others: one that every query chose
+# takes many times the mean, and started last it would run alone at the end.
+EARLY_CHUNKS = 2
+
+
+@triton.jit(do_not_specialize=["n_heads", "length"])
+def _vmoba_stats_kernel(
+    out_ptr, do_ptr, lse_ptr, raster_ptr, lse2_ptr, delta_ptr, stride_out_b, stride_out_s, stride_out_h,
+    stride_do_b, stride_do_s, stride_do_h, n_heads, length, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+):
+    bh = tl.program_id(1).to(tl.int64)
+    batch = bh // n_heads
+    head = bh % n_heads
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_token = token < length
+    raster = tl.load(raster_ptr + token, mask=is_token, other=0)
+    out = load_rows(out_ptr + batch * stride_out_b + head * stride_out_h, raster, is_token, stride_out_s, D, D_PAD)
+    do = load_rows(do_ptr + batch * stride_do_b + head * stride_do_h, raster, is_token, stride_do_s, D, D_PAD)
+    lse = tl.load(lse_ptr + bh * length + token, mask=is_token, other=0.0)
+    tl.store(lse2_ptr + bh * length + raster, lse * 1.4426950408889634, mask=is_token)
+    tl.store(delta_ptr + bh * length + raster, tl.sum(out.to(tl.float32) * do.to(tl.float32), 1), mask=is_token)
+
+
+@triton.jit
+def _accumulate_dkdv(
+    dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, row_ptr, word_ptr, stride_q_s, stride_do_s, n, n_masked, bit,
+    scale_log2, MAY_CROWD: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STAGES: tl.constexpr,
+):
+    """Add the gradients of one unit's queries to dk and dv [BLOCK, D_PAD]; the first n_masked count if their bit is set."""
+    for start in tl.range(0, n, TILE, num_stages=STAGES):
+        offs = start + tl.arange(0, TILE)
+        keep = offs < n
+        rows = tl.load(row_ptr + offs, mask=keep, other=0)
+        if MAY_CROWD:
+            word = tl.load(word_ptr + offs, mask=offs < n_masked, other=-1)
+            keep = keep & (((word >> bit) & 1) != 0)
+        q = load_rows(q_ptr, rows, keep, stride_q_s, D, D_PAD)
+        do = load_rows(do_ptr, rows, keep, stride_do_s, D, D_PAD)
+        # a weight of exp2(0 - inf) = 0 for what is no row
+        lse2 = tl.load(lse2_ptr + rows, mask=keep, other=float("inf"))
+        delta = tl.load(delta_ptr + rows, mask=keep, other=0.0)
+        s = tl.dot(k, q.T)  # [BLOCK, TILE]
+        p = tl.exp2(s * scale_log2 - lse2[None, :])
+        dv = tl.dot(p.to(do.dtype), do, dv)
+        dp = tl.dot(v, do.T)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["n_units", "n_pairs", "n_heads_k", "n_rows", "n_chunks", "n_words", "n_blocks", "unit_tokens",
+                               "chunk_tokens", "length"])
+def _vmoba_bwd_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse2_ptr, delta_ptr,
+    order_ptr, start_ptr, size_ptr, crowded_ptr, raster_ptr, word_ptr, rank_ptr,
+    stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
+    stride_do_b, stride_do_s, stride_do_h, stride_dk_b, stride_dk_s, stride_dk_h,
+    n_units, n_pairs, n_heads_k, n_rows, n_chunks, n_words, n_blocks, unit_tokens, chunk_tokens, length, scale_log2, scale,
+    GROUP: tl.constexpr, MAY_CROWD: tl.constexpr, IS_RUN: tl.constexpr, MASK_K: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+):
+    # The first slots of every head come first, then the others head by head. A chunk has n_blocks slots.
+    pid = tl.program_id(0)
+    early = tl.minimum(EARLY, n_chunks) * n_blocks
+    late = tl.maximum(n_chunks * n_blocks - early, 1)
+    if pid < n_pairs * early:
+        pair = pid % n_pairs
+        slot = pid // n_pairs
+    else:
+        pair = (pid - n_pairs * early) // late
+        slot = early + (pid - n_pairs * early) % late
+    batch = (pair // n_heads_k).to(tl.int64)
+    head_k = (pair % n_heads_k).to(tl.int64)
+    bh = (batch * n_heads_k + head_k) * GROUP
+    chunk = tl.load(rank_ptr + bh * n_chunks + slot // n_blocks)
+    n_keys = tl.minimum(chunk_tokens, length - chunk * chunk_tokens)
+    if slot % n_blocks * BLOCK >= n_keys:
+        return
+    keys, is_key = key_rows(raster_ptr, chunk * chunk_tokens, slot % n_blocks * BLOCK, n_keys, IS_RUN, MASK_K, BLOCK)
+    k = load_keys(k_ptr + batch * stride_k_b + head_k * stride_k_h, keys, is_key, stride_k_s, MASK_K, D, D_PAD)
+    v = load_keys(v_ptr + batch * stride_v_b + head_k * stride_v_h, keys, is_key, stride_v_s, MASK_K, D, D_PAD)
+    dk = tl.zeros([BLOCK, D_PAD], tl.float32)
+    dv = tl.zeros([BLOCK, D_PAD], tl.float32)
+    for i in range(GROUP * n_units):
+        head = head_k * GROUP + i // n_units
+        unit = bh * n_units + i
+        n = tl.load(size_ptr + unit * n_chunks + chunk)
+        rows = order_ptr + unit * n_rows + tl.load(start_ptr + unit * n_chunks + chunk)
+        words = word_ptr
+        n_masked = 0
+        if MAY_CROWD:
+            first = i % n_units * unit_tokens
+            words = word_ptr + ((bh + i // n_units) * n_words + chunk // 32) * length + first
+            if tl.load(crowded_ptr + unit) != 0:
+                rows = raster_ptr + first
+                n = tl.minimum(unit_tokens, length - first)
+                n_masked = n
+        stats = (batch * n_heads_k * GROUP + head) * length
+        dk, dv = _accumulate_dkdv(
+            dk, dv, k, v, q_ptr + batch * stride_q_b + head * stride_q_h, do_ptr + batch * stride_do_b + head * stride_do_h,
+            lse2_ptr + stats, delta_ptr + stats, rows, words, stride_q_s, stride_do_s, n, n_masked, chunk % 32,
+            scale_log2, MAY_CROWD, TILE, D, D_PAD, STAGES)
+    at = batch * stride_dk_b + head_k * stride_dk_h
+    store_rows(dk_ptr + at, dk * scale, keys, is_key, stride_dk_s, D, D_PAD)
+    store_rows(dv_ptr + at, dv, keys, is_key, stride_dk_s, D, D_PAD)
+
+
+@triton.jit
+def _differentiate_chunk(
+    dq, q, do, lse2, delta, keep, k_ptr, v_ptr, raster_ptr, stride_k_s, stride_v_s, first, n_keys, scale_log2,
+    CROWDED: tl.constexpr, IS_RUN: tl.constexpr, MASK_K: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, STAGES: tl.constexpr,
+):
+    """Add what a chunk's keys give to dq [TILE, D_PAD]."""
+    for start in tl.range(0, n_keys, BLOCK, num_stages=STAGES):
+        keys, is_key = key_rows(raster_ptr, first, start, n_keys, IS_RUN, MASK_K, BLOCK)
+        k = load_keys(k_ptr, keys, is_key, stride_k_s, MASK_K, D, D_PAD)
+        v = load_keys(v_ptr, keys, is_key, stride_v_s, MASK_K, D, D_PAD)
+        s = tl.dot(q, k.T)  # [TILE, BLOCK]
+        dp = tl.dot(do, v.T)
+        ds = tl.exp2(s * scale_log2 - lse2[:, None]) * (dp - delta[:, None])
+        # Replaced, not multiplied: the weight of a key that was not attended to may be infinite.
+        if MASK_K:
+            ds = tl.where(is_key[None, :], ds, 0.0)
+        if CROWDED:
+            ds = tl.where(keep[:, None], ds, 0.0)
+        dq = tl.dot(ds.to(k.dtype), k, dq)
+    return dq
+
+
+@triton.jit(do_not_specialize=["first_unit", "n_units", "n_heads", "n_rows", "n_chunks", "n_words", "unit_tokens",
+                               "chunk_tokens", "length"])
+def _vmoba_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, dst_ptr, lse2_ptr, delta_ptr, order_ptr, tile_ptr, crowded_ptr, raster_ptr, word_ptr,
+    stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
+    stride_do_b, stride_do_s, stride_do_h, stride_dst_b, stride_dst_s, stride_dst_h,
+    first_unit, n_units, n_heads, n_rows, n_chunks, n_words, unit_tokens, chunk_tokens, length, scale_log2, scale,
+    GROUP: tl.constexpr, CROWDED: tl.constexpr, IS_RUN: tl.constexpr, MASK_K: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, FULL_TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STAGES: tl.constexpr,
+):
+    unit = (first_unit + tl.program_id(1)).to(tl.int64)
+    if CROWDED:
+        if tl.load(crowded_ptr + unit) == 0:
+            return
+    bh = unit // n_units
+    batch = bh // n_heads
+    head = bh % n_heads
+    numbers, is_row, raster, chunk = rows_of_tile(
+        order_ptr, tile_ptr, raster_ptr, unit, n_units, n_rows, unit_tokens, length, CROWDED, TILE, FULL_TILE)
+    if tl.max(is_row.to(tl.int32), 0) == 0:
+        return
+    q = load_rows(q_ptr + batch * stride_q_b + head * stride_q_h, raster, is_row, stride_q_s, D, D_PAD)
+    do = load_rows(do_ptr + batch * stride_do_b + head * stride_do_h, raster, is_row, stride_do_s, D, D_PAD)
+    lse2 = tl.load(lse2_ptr + bh * length + raster, mask=is_row, other=float("inf"))
+    delta = tl.load(delta_ptr + bh * length + raster, mask=is_row, other=0.0)
+    k_ptr += batch * stride_k_b + head // GROUP * stride_k_h
+    v_ptr += batch * stride_v_b + head // GROUP * stride_v_h
+    dq = tl.zeros([TILE, D_PAD], tl.float32)
+    if CROWDED:
+        word_ptr += bh * n_words * length
+        for c in range(n_chunks):
+            keep = is_member(word_ptr, c, numbers, is_row, length)
+            n_keys = tl.minimum(chunk_tokens, length - c * chunk_tokens) * tl.max(keep.to(tl.int32), 0)
+            dq = _differentiate_chunk(
+                dq, q, do, lse2, delta, keep, k_ptr, v_ptr, raster_ptr, stride_k_s, stride_v_s, c * chunk_tokens, n_keys,
+                scale_log2, CROWDED, IS_RUN, MASK_K, BLOCK, D, D_PAD, STAGES)
+        dst_ptr += batch * stride_dst_b + head * stride_dst_h
+        to = raster
+    else:
+        n_keys = tl.minimum(chunk_tokens, length - chunk * chunk_tokens)
+        dq = _differentiate_chunk(
+            dq, q, do, lse2, delta, is_row, k_ptr, v_ptr, raster_ptr, stride_k_s, stride_v_s, chunk * chunk_tokens, n_keys,
+            scale_log2, CROWDED, IS_RUN, MASK_K, BLOCK, D, D_PAD, STAGES)
+        dst_ptr += tl.program_id(1).to(tl.int64) * n_rows * D
+        to = numbers
+    store_rows(dst_ptr, dq * scale, to, is_row, stride_dst_s, D, D_PAD)
+
+
+def launch_stats(out, dout, lse, pairs):
+    """The base-2 LSE and delta of every query, float32 [2, B, H, S] in raster order."""
+    batch, length, heads, D = out.shape
+    stats = torch.empty(2, batch, heads, length, device=out.device, dtype=torch.float32)
+    rows = 64
+    _vmoba_stats_kernel[(triton.cdiv(length, rows), batch * heads)](
+        out, dout, lse, pairs.raster, *stats.unbind(0), *out.stride()[:3], *dout.stride()[:3], heads, length,
+        ROWS=rows, D=D, D_PAD=triton.next_power_of_2(D), num_warps=4)
+    return stats
+
+
+def launch_dkdv(
+    q, k, v, dout, stats, words, pairs, ranks, dk, dv, chunks, *, softmax_scale, config: AttendConfig, may_crowd: bool
+) -> None:
+    """Fill dk and dv `[B, S, H_kv, D]`, of equal strides."""
+    batch, _, heads, D = q.shape
+    heads_k, C = k.shape[2], chunks.num_chunks
+    blocks = triton.cdiv(chunks.chunk_tokens, config.keys)
+    _vmoba_bwd_dkdv_kernel[(batch * heads_k * C * blocks,)](
+        q, k, v, dout, dk, dv, *stats.unbind(0),
+        pairs.order, pairs.starts, pairs.sizes, pairs.crowded, pairs.raster, words, ranks,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dk.stride()[:3],
+        pairs.per_head, batch * heads_k, heads_k, pairs.order.shape[3], C, words.shape[2], blocks, pairs.unit_tokens,
+        chunks.chunk_tokens, chunks.length, softmax_scale * LOG2_E, softmax_scale,
+        GROUP=heads // heads_k, MAY_CROWD=may_crowd, **chunk_constants(chunks, config.keys, D), TILE=config.rows,
+        STAGES=config.stages + 1, EARLY=EARLY_CHUNKS, num_warps=config.warps)
+
+
+def launch_dq_parts(
+    q, k, v, dout, stats, words, pairs, tiles, parts, first_unit, chunks, *, softmax_scale, config: AttendConfig
+) -> None:
+    """Fill parts `[units of the slice, n_rows, D]` from the units from `first_unit` on that are not crowded."""
+    strides = (0, parts.stride(1), 0)
+    grid = (parts.shape[1] // config.rows, parts.shape[0])
+    _launch_dq(
+        q, k, v, dout, stats, words, pairs, tiles, parts, strides, first_unit, chunks, softmax_scale, config, grid, crowded=False)
+
+
+def launch_crowded_dq(q, k, v, dout, stats, words, pairs, dq, chunks, *, softmax_scale, config: AttendConfig) -> None:
+    """Fill the rows of dq `[B, S, H, D]` of the crowded units."""
+    grid = (triton.cdiv(pairs.unit_tokens, config.rows), pairs.units)
+    _launch_dq(
+        q, k, v, dout, stats, words, pairs, pairs.order, dq, dq.stride()[:3], 0, chunks, softmax_scale, config, grid, crowded=True)
+
+
+def _launch_dq(
+    q, k, v, dout, stats, words, pairs, tiles, dst, strides, first_unit, chunks, softmax_scale, config, grid, *, crowded
+):
+    heads, D = q.shape[2:]
+    _vmoba_bwd_dq_kernel[grid](
+        q, k, v, dout, dst, *stats.unbind(0), pairs.order, tiles, pairs.crowded, pairs.raster, words,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *strides,
+        first_unit, pairs.per_head, heads, pairs.order.shape[3], chunks.num_chunks, words.shape[2], pairs.unit_tokens,
+        chunks.chunk_tokens, chunks.length, softmax_scale * LOG2_E, softmax_scale,
+        GROUP=heads // k.shape[2], CROWDED=crowded, **chunk_constants(chunks, config.keys, D), TILE=config.rows,
+        FULL_TILE=FULL_TILE, STAGES=stages_over_keys(chunks, config), num_warps=config.warps)
