@@ -12,7 +12,9 @@ distance from the model's own attention. Needs `pip install 'attnmux[demo,integr
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -28,7 +30,7 @@ OPTIONS = {
     "RADIAL_ATTN": {"metadata": {"width": 0.5}},
 }
 CHANNELS = 16
-SCALE = 2.0  # makes latents of about unit variance
+SCALE = 0.9  # makes latents of about unit variance
 NOISE = 0.2  # share of noise at the first step
 FRAMES, SIDE = 4, 8  # pixels of one latent along time, and along rows and columns
 
@@ -73,7 +75,11 @@ def make_model(arguments: argparse.Namespace) -> torch.nn.Module:
         ffn_dim=4 * arguments.heads * arguments.head_size,
         num_layers=arguments.layers,
     )
-    return model.to(arguments.device, getattr(torch, arguments.dtype)).eval()
+    # as from_pretrained(torch_dtype=...) does: some layers stay in float32
+    for name, parameter in model.named_parameters():
+        if not set(name.split(".")) & set(model._keep_in_fp32_modules):
+            parameter.data = parameter.data.to(getattr(torch, arguments.dtype))
+    return model.to(arguments.device).eval()
 
 
 @torch.no_grad()
@@ -114,6 +120,20 @@ def draw(frames: dict[str, torch.Tensor], own: torch.Tensor, path: Path) -> None
     figure.savefig(path, dpi=90)
 
 
+def conditions(arguments: argparse.Namespace, tokens: int) -> dict[str, object]:
+    """Return what a time depends on."""
+    on_gpu = torch.device(arguments.device).type == "cuda"
+    names = ("device", "dtype", "frames", "height", "width", "layers", "heads", "head_size", "steps")
+    return {
+        **{name: getattr(arguments, name) for name in names},
+        "tokens": tokens,
+        "device": torch.cuda.get_device_name(arguments.device) if on_gpu else "CPU",
+        "torch": torch.__version__,
+        "diffusers": version("diffusers"),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="A clip through a Wan transformer, with every backend in turn.")
     parser.add_argument("--backend", action="append", help="backend to run; several times for several; default: all")
@@ -130,6 +150,7 @@ def main(words: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("diffusers_wan.png"))
+    parser.add_argument("--json", type=Path, help="file for the table, with device and versions")
     arguments = parser.parse_args(words)
 
     pixels = read_clip(default_clip(), frames=arguments.frames, height=arguments.height, width=arguments.width)
@@ -144,6 +165,7 @@ def main(words: list[str] | None = None) -> int:
     own, seconds = denoise(model, noisy, arguments.steps)
     print(f"{'own':<20} {1e3 * seconds:>12.1f} {0.0:>10.1e}  diffusers as it is")
     frames = {"the model's own": decode(own)}
+    rows = [{"attention": "own", "ms_per_step": 1e3 * seconds, "distance": 0.0, "options": {}, "done": ""}]
     for name in arguments.backend or sorted(get_registry().records()):
         options = OPTIONS.get(name, {})
         try:
@@ -151,12 +173,18 @@ def main(words: list[str] | None = None) -> int:
                 latents, seconds = denoise(model, noisy, arguments.steps, handle)
         except AttnmuxError as error:
             print(f"{name:<20} {'':>12} {'':>10}  {str(error).splitlines()[0]}")
+            rows.append({"attention": name, "error": str(error).splitlines()[0]})
             if arguments.backend:
                 return 1
             continue
         distance = float((latents - own).float().norm() / own.float().norm())
-        print(f"{name:<20} {1e3 * seconds:>12.1f} {distance:>10.1e}  {str(handle).splitlines()[0]}; {options}")
+        done = str(handle).splitlines()[0]
+        print(f"{name:<20} {1e3 * seconds:>12.1f} {distance:>10.1e}  {done}; {options}", flush=True)
+        row = {"attention": name, "ms_per_step": 1e3 * seconds, "distance": distance, "options": options, "done": done}
+        rows.append(row)
         frames[name] = decode(latents)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({**conditions(arguments, tokens), "rows": rows}, indent=1) + "\n")
     draw(frames, decode(own), arguments.output)
     print(f"picture: {arguments.output}")
     return 0

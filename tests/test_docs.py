@@ -1,6 +1,7 @@
 """The documents: code blocks and commands run, error messages exist, tables are made from the code, the site builds."""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -41,23 +42,36 @@ def test_code_of_a_page_runs_in_order(path):
         exec(compile(body, str(path), "exec"), namespace)
 
 
-def commands():
+def sessions():
+    """Every command of the pages, with the lines that a page shows below it."""
     return [
-        pytest.param(line[2:], id=f"{name(path)}: {line[2:]}")
+        pytest.param(*session.partition("\n")[::2], id=f"{name(path)}: {session.partition(chr(10))[0]}")
         for path in pages_with("console")
         for body in blocks(path, "console")
-        for line in body.splitlines()
-        if line.startswith("$ ")
+        for session in re.split(r"^\$ ", body, flags=re.MULTILINE)[1:]
     ]
 
 
-@pytest.mark.parametrize("command", commands())
-def test_command_of_a_page_runs(command, capsys):
+def plain(output):
+    """Return the lines of a command without what depends on versions and on the width of the terminal."""
+    lines = (" ".join(line.replace("─", "").split()) for line in output.splitlines())
+    return [re.sub(r"\d+(\.\d+)+(\+\w+)?", "N.N", line) for line in lines if line]
+
+
+@pytest.mark.parametrize(("command", "shown"), sessions())
+def test_command_of_a_page_prints_what_the_page_shows(command, shown, capsys, monkeypatch):
+    for variable in [key for key in os.environ if key.startswith("ATTNMUX_")]:
+        monkeypatch.delenv(variable)
     program, *arguments = shlex.split(command)
     assert program == "attnmux"
     # the one request of the documents that is refused, as its page says
     assert main(arguments) == (1 if {"VIDEO_SPARSE_ATTN", "--causal"} <= set(arguments) else 0)
-    assert capsys.readouterr().out
+    printed = capsys.readouterr()
+    # … stands for any lines, or for the rest of one
+    pattern = "".join("(.*\n)*" if line == "…" else re.escape(line).replace("…", ".*") + "\n" for line in plain(shown))
+    assert pattern
+    lines = "".join(f"{line}\n" for line in plain(printed.out + printed.err))
+    assert re.fullmatch(pattern, lines), f"{command} prints\n{lines}"
 
 
 def test_every_block_is_executed_or_plain_text():
@@ -69,25 +83,50 @@ def test_every_error_has_a_section_in_troubleshooting():
     assert sections == set(errors.__all__) - {"AttnmuxError"}
 
 
-def literals():
-    """Every message in the sources, with … for what is filled in."""
-    found = []
-    for path in [*(ROOT / "core" / "src").rglob("*.py"), *ROOT.glob("plugins/*/src/**/*.py")]:
+SOURCES = [*(ROOT / "core" / "src").rglob("*.py"), *ROOT.glob("plugins/*/src/**/*.py")]
+
+
+def message(node):
+    """The text of a string in the sources, with … for what is filled in; None for what is no string."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
+def raised():
+    """Every message that is written where one of our errors is raised, as (place, message)."""
+    for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
-                found.append("".join(map(str, parts)))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return "\n".join(found)
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+                text = message(node.exc.args[0])
+                # a message of which a line says nothing in words is put together elsewhere
+                if (
+                    getattr(node.exc.func, "id", None) in errors.__all__
+                    and text
+                    and len(re.findall(r"[a-z]+", text)) > 2
+                ):
+                    yield f"{path.relative_to(ROOT)}:{node.lineno}", text
+
+
+def rows_of_troubleshooting():
+    cells = re.findall(r"^\| (`.*?`) \| ", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    rows = [row for cell in cells for row in cell[1:-1].split("` or `")]
+    return {row: re.compile(".*".join(re.escape(part.strip()) for part in row.split("…")), re.DOTALL) for row in rows}
 
 
 def test_messages_in_troubleshooting_are_those_of_the_code():
-    rows = re.findall(r"^\| `(.*?)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
-    assert len(rows) > 30
-    messages = literals()
-    missing = [row for row in rows if not all(part.strip() in messages for part in row.split("…"))]
-    assert not missing
+    found = (message(node) for path in SOURCES for node in ast.walk(ast.parse(path.read_text())))
+    messages = [text for text in found if text]
+    rows = rows_of_troubleshooting()
+    assert len(rows) > 100
+    assert not [row for row, pattern in rows.items() if not any(map(pattern.search, messages))]
+
+
+def test_every_message_of_the_code_is_in_troubleshooting():
+    patterns = rows_of_troubleshooting().values()
+    messages = list(raised())
+    assert len(messages) > 200
+    assert not [(place, text) for place, text in messages if not any(pattern.search(text) for pattern in patterns)]
 
 
 def test_backend_table_is_made_from_the_capabilities():
@@ -101,6 +140,20 @@ def test_command_page_names_every_command():
 
     page = (ROOT / "docs" / "cli.md").read_text()
     assert all(f"`attnmux {command}" in page for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["list", "explain", "doctor"])
+def test_command_page_names_what_the_json_holds(command, capsys):
+    page = (ROOT / "docs" / "cli.md").read_text()
+    shown = re.search(rf"^- `{command}`: `\{{(.*?)\}}`$", page, re.MULTILINE | re.DOTALL)[1]
+    tables = {
+        key: set(re.findall(r'"(\w+)"', row)) for key, row in re.findall(r'"(\w+)": \[\{(.*?)\}\]', shown, re.DOTALL)
+    }
+    keys = set(re.findall(r'"(\w+)"', re.sub(r"\[\{.*?\}\]", "", shown, flags=re.DOTALL)))
+    assert main([command, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert keys == set(document)
+    assert all(set(row) == tables[key] for key in tables for row in document[key])
 
 
 def test_site_builds_without_a_warning(tmp_path):

@@ -1,6 +1,8 @@
 """The scripts under examples/, run as users run them, on small sizes."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,14 @@ def test_diffusers_wan_shows_every_backend_in_a_table_and_a_picture(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
     # a backend that was named and cannot run fails the command
     run("diffusers_wan.py", *small, "--backend", "BLOCK_SPARSE_ATTN", status=1)
+
+
+def test_page_shows_what_the_record_of_the_example_says():
+    record = json.loads((ROOT / "benchmarks" / "results" / "diffusers_wan.json").read_text())
+    page = (ROOT / "docs" / "integrations.md").read_text()
+    shown = dict(re.findall(r"^\| `(\w+_ATTN|TORCH_SDPA)` \|.*\| (\S+) \|$", page, re.MULTILINE))
+    assert shown == {row["attention"]: f"{row['distance']:.1e}" for row in record["rows"][1:]}
+    assert f"{record['tokens']:,} tokens, {record['layers']} layers of {record['heads']} heads" in page
 
 
 @pytest.mark.parametrize(

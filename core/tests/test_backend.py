@@ -10,7 +10,7 @@ from attnmux import (
     DenseMetadataBuilder,
     UnsupportedRequestError,
 )
-from attnmux.backend import layer_index
+from attnmux.backend import LayerPlace, layer_index
 
 
 class Impl(AttentionImpl):
@@ -86,3 +86,18 @@ def test_layer_index_is_that_of_the_prefix_unless_it_is_given(prefix, layer_idx,
 def test_layer_index_out_of_range_is_refused(layer_idx):
     with pytest.raises(UnsupportedRequestError, match=r"layer_idx=.* must be an integer >= 0"):
         layer_index("", layer_idx)
+
+
+@pytest.mark.parametrize("index", [0, 1, 5, 255, 256, 300])
+def test_place_of_a_layer_is_within_what_holds_it(index):
+    place = LayerPlace(index)
+    assert place.is_known
+    for first, last in ((0, 0), (0, 1), (5, 5), (2, 254), (2, 255), (255, 400), (256, 256), (300, 300)):
+        assert place.is_within(first, last) is (first <= index <= last)
+
+
+def test_layer_without_an_index_is_within_nothing():
+    place = LayerPlace(None)
+    assert not place.is_known
+    assert not place.is_within(0, 10)
+    assert not place.is_within(0, 1000)

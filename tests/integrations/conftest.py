@@ -20,17 +20,41 @@ class TinyModel:
 
     def __call__(self, latents=None, timestep=500.0):
         latents = self.latents if latents is None else latents
-        times = torch.full((latents.shape[0],), float(timestep))
+        times = torch.full((latents.shape[0],), float(timestep), device=latents.device)
         return self.model(hidden_states=latents, timestep=times, **self.arguments, return_dict=False)[0]
+
+    def gradients(self):
+        """Return the gradient of every parameter for a loss that all of the output counts in."""
+        self.model.zero_grad()
+        self().square().mean().backward()
+        return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+
+    @torch.no_grad()
+    def denoise(self, steps=3, handle=None):
+        """Return the latents after some steps of a real scheduler."""
+        is_cog = type(self.model).__name__.startswith("CogVideoX")
+        scheduler = diffusers.CogVideoXDDIMScheduler() if is_cog else diffusers.FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(steps)
+        latents = self.latents
+        for step, timestep in enumerate(scheduler.timesteps):
+            if handle is not None:
+                handle.step = step
+            latents = scheduler.step(self(latents, timestep), timestep, latents, return_dict=False)[0]
+        return latents
+
+    def to(self, dtype, device="cpu"):
+        """Go over to another precision and device; what is no floating-point tensor keeps its dtype."""
+        self.model.to(device, dtype)
+        self.latents = self.latents.to(device, dtype)
+        self.arguments = {
+            name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            for name, value in self.arguments.items()
+        }
+        return self
 
     def double(self):
         """Go over to float64, the oracle's precision."""
-        self.model.double()
-        self.latents = self.latents.double()
-        self.arguments = {
-            name: value.double() if value.is_floating_point() else value for name, value in self.arguments.items()
-        }
-        return self
+        return self.to(torch.float64)
 
 
 def _normal(*shape):

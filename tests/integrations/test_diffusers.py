@@ -5,38 +5,40 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from attnmux import ForwardContextError, UnsupportedRequestError, get_forward_context, set_forward_context, use_backend
+from attnmux import (
+    BackendSpec,
+    Capabilities,
+    ForwardContextError,
+    UnsupportedRequestError,
+    get_forward_context,
+    set_forward_context,
+    use_backend,
+)
 from attnmux.integrations.diffusers import Rule, Schedule, apply, register_backend, unregister_backend
 from attnmux.integrations.diffusers.redirect import active
-from attnmux.testing import assert_close_to_oracle
+from attnmux.testing import assert_close_to_oracle, installed, make_backend
+from attnmux_sla import TopkRule
+from attnmux_vsa import SparsitySchedule
 
 DENSE_VSA = {"backend": "VIDEO_SPARSE_ATTN", "metadata": {"VSA_sparsity": 0.0}}
 SPARSE_VSA = {"backend": "VIDEO_SPARSE_ATTN", "metadata": {"VSA_sparsity": 0.75}}
-
-
-def gradients(tiny):
-    tiny.model.zero_grad()
-    tiny().square().mean().backward()
-    return {name: p.grad.clone() for name, p in tiny.model.named_parameters() if p.grad is not None}
-
-
-@torch.no_grad()
-def denoise(tiny, steps=3, handle=None):
-    cog = type(tiny.model).__name__.startswith("CogVideoX")
-    scheduler = CogVideoXDDIMScheduler() if cog else FlowMatchEulerDiscreteScheduler()
-    scheduler.set_timesteps(steps)
-    latents = tiny.latents
-    for step, timestep in enumerate(scheduler.timesteps):
-        if handle is not None:
-            handle.step = step
-        latents = scheduler.step(tiny(latents, timestep), timestep, latents, return_dict=False)[0]
-    return latents
+# metadata options go to builders only, impl_args to impls
+SPARSE = {
+    "VSA": SPARSE_VSA,
+    "SLA": {"backend": "SLA_ATTN", "impl_args": {"topk_ratio": 0.3}},
+    # layers 0 and 2 have chunks of time, layer 1 of space
+    "VMOBA": {"backend": "VMOBA_ATTN", "metadata": {"topk_ratio": 0.3, "st_layer": 0}},
+}
+DENSE = {
+    "VSA": DENSE_VSA,
+    "SLA": {"backend": "SLA_ATTN", "impl_args": {"topk_ratio": 1.0}},
+    "VMOBA": {"backend": "VMOBA_ATTN", "metadata": {"topk_ratio": 1.0}},
+}
 
 
 @torch.no_grad()
@@ -49,31 +51,44 @@ def test_dense_backend_equals_the_models_own_attention(tiny, make):
 
 
 def test_denoising_with_a_real_scheduler_equals_the_models_own(tiny):
-    own = denoise(tiny)
-    oracle = denoise(copy.deepcopy(tiny).double())
+    own = tiny.denoise()
+    oracle = copy.deepcopy(tiny).double().denoise()
     with apply(tiny.model, "TORCH_SDPA", modules="all"):
-        assert_close_to_oracle(denoise(tiny), oracle, own)
+        assert_close_to_oracle(tiny.denoise(), oracle, own)
 
 
-def test_sparse_backend_denoises_like_dense_attention_at_its_dense_limit(make):
+@pytest.mark.parametrize("method", DENSE)
+def test_sparse_backend_denoises_like_dense_attention_at_its_dense_limit(make, method):
     tiny = make()
-    own, oracle = denoise(tiny), denoise(make().double())
-    with apply(tiny.model, **DENSE_VSA):
-        assert_close_to_oracle(denoise(tiny), oracle, own)
+    own, oracle = tiny.denoise(), make().double().denoise()
+    with apply(tiny.model, **DENSE[method]):
+        assert_close_to_oracle(tiny.denoise(), oracle, own)
+
+
+@pytest.mark.parametrize("method", DENSE)
+def test_gradients_equal_the_models_own_at_the_dense_limit(make, method):
+    tiny = make()
+    own, oracle = tiny.gradients(), make().double().gradients()
+    with apply(tiny.model, **DENSE[method]):
+        ours = tiny.gradients()
+    largest = max(float(value.abs().max()) for value in oracle.values())
+    for name, value in own.items():
+        assert_close_to_oracle(ours[name], oracle[name], value, kind="gradient", what=name, term_size=largest)
 
 
 @torch.no_grad()
-def test_sparse_backend_is_really_inside(make):
+@pytest.mark.parametrize("method", SPARSE)
+def test_sparse_backend_is_really_inside(make, method):
     tiny = make()
     own = tiny()
-    with apply(tiny.model, **SPARSE_VSA):
+    with apply(tiny.model, **SPARSE[method]):
         assert (tiny() - own).abs().max() > 1000 * torch.finfo(torch.float32).eps
 
 
 def test_gradients_equal_those_of_the_models_own_attention(tiny):
-    own, oracle = gradients(tiny), gradients(copy.deepcopy(tiny).double())
+    own, oracle = tiny.gradients(), copy.deepcopy(tiny).double().gradients()
     with apply(tiny.model, "TORCH_SDPA", modules="all"):
-        ours = gradients(tiny)
+        ours = tiny.gradients()
     assert ours.keys() == own.keys()
     largest = max(float(value.abs().max()) for value in oracle.values())
     for name, value in ours.items():
@@ -153,6 +168,21 @@ def test_text_refiner_is_no_self_attention_of_the_video(make):
 
 
 @pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        ("wan", ["blocks.0.attn1", "blocks.1.attn1", "blocks.2.attn1"]),
+        ("hunyuan_video", ["transformer_blocks.0.attn", "single_transformer_blocks.0.attn"]),
+        ("cogvideox", ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]),
+    ],
+)
+def test_layers_know_their_place_whatever_the_model_calls_them(make, model, names):
+    tiny = make(model)
+    with apply(tiny.model, "SLA_ATTN"):
+        impls = [tiny.model.get_submodule(name).processor.attention["SLA_ATTN"].attn_impl for name in names]
+        assert [impl.layer_idx for impl in impls] == list(range(len(names)))
+
+
+@pytest.mark.parametrize(
     ("call", "text"),
     [
         ({"modules": "blocks.9.*"}, "0 of 6 attention modules match 'blocks.9.*'; there are 3 self, 3 cross, 0 other"),
@@ -190,18 +220,6 @@ def test_diffusers_own_choice_is_refused_while_ours_is_in_place(make):
     ):
         tiny.model.set_attention_backend("native")
     assert attention_dispatch._AttentionBackendRegistry._active_backend.value == "native"
-
-
-@torch.no_grad()
-def test_mask_reaches_the_backend_or_is_refused(make):
-    tiny = make("hunyuan_video")
-    own = tiny()
-    with apply(tiny.model, "TORCH_SDPA"):
-        masked = tiny()
-        tiny.arguments["encoder_attention_mask"] = torch.ones(1, 9, dtype=torch.bool)
-        assert (tiny() - own).abs().max() > 1000 * (masked - own).abs().max()
-    with apply(tiny.model, "WINDOW_ATTN"), pytest.raises(UnsupportedRequestError, match="does not take attn_mask"):
-        tiny()
 
 
 def attend(processor, **options):
@@ -266,9 +284,21 @@ def test_selection_follows_scope_when_nothing_is_named(make):
 
 
 @torch.no_grad()
-def test_blocks_compile_once_as_one_graph(make, compiled_afresh):
+@pytest.mark.parametrize(
+    ("options", "graphs"),
+    [
+        (SPARSE["VSA"], 1),
+        (SPARSE["SLA"], 1),
+        (SPARSE["VMOBA"], 2),
+        # the first layer is another than the second and the third, which are alike
+        ({**SPARSE["VSA"], "metadata": {"VSA_sparsity": SparsitySchedule(sparsity=0.75, dense_layers=(0,))}}, 2),
+        ({**SPARSE["SLA"], "metadata": {"schedule": [TopkRule(0.5, layers=(0, 0))]}}, 2),
+    ],
+    ids=["VSA", "SLA", "VMOBA", "VSA by layer", "SLA by layer"],
+)
+def test_blocks_compile_once_for_all_layers_of_a_kind_and_all_steps(make, options, graphs, compiled_afresh):
     tiny = make()
-    with apply(tiny.model, **SPARSE_VSA) as handle:
+    with apply(tiny.model, **options) as handle:
         expected = tiny()
         counter = CompileCounterWithBackend("aot_eager")
         tiny.model.compile_repeated_blocks(fullgraph=True, backend=counter)
@@ -276,7 +306,7 @@ def test_blocks_compile_once_as_one_graph(make, compiled_afresh):
         for step in range(1, 4):
             handle.step = step
             tiny()
-        assert counter.frame_count == 1
+        assert counter.frame_count == graphs
 
 
 @torch.no_grad()
@@ -299,10 +329,10 @@ def test_checkpointed_blocks_are_recomputed_with_their_own_metadata(make):
     tiny = make()
     tiny.model.train()
     with apply(tiny.model, **SPARSE_VSA):
-        expected = gradients(tiny)
+        expected = tiny.gradients()
         tiny.model.enable_gradient_checkpointing()
         function = tiny.model._gradient_checkpointing_func
-        assert all(torch.equal(value, expected[name]) for name, value in gradients(tiny).items())
+        assert all(torch.equal(value, expected[name]) for name, value in tiny.gradients().items())
         # a forward on another grid comes before the backward
         tiny.model.zero_grad()
         loss = tiny().square().mean()
@@ -349,6 +379,32 @@ def test_schedule_by_layer_role_and_step(make):
         assert torch.equal(tiny(), sparse)
 
 
+BY_STEP = {
+    "VSA": {
+        "backend": "VIDEO_SPARSE_ATTN",
+        "metadata": {"VSA_sparsity": SparsitySchedule(sparsity=0.75, dense_steps=2)},
+    },
+    "SLA": {"backend": "SLA_ATTN", "metadata": {"schedule": [TopkRule(1.0, steps=(1, 1))]}},
+    "VMOBA": {"backend": "VMOBA_ATTN", "metadata": {"first_full_step": 2}},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", BY_STEP)
+def test_options_by_step_without_a_step_are_an_error_and_not_step_0(make, method):
+    tiny = make()
+    with apply(tiny.model, **BY_STEP[method]) as handle:
+        with pytest.raises(ForwardContextError, match="depend on the denoising step, and nothing says which"):
+            tiny()
+        outputs = []
+        for step in (1, 4):
+            handle.step = step
+            outputs.append(tiny())
+        with set_forward_context(current_timestep=4):
+            assert torch.equal(tiny(), outputs[1])
+    assert not torch.equal(*outputs)
+
+
 @torch.no_grad()
 def test_schedule_by_step_compiles_once_per_phase(make, compiled_afresh):
     tiny = make()
@@ -356,7 +412,7 @@ def test_schedule_by_step_compiles_once_per_phase(make, compiled_afresh):
     with apply(tiny.model, schedule=schedule, metadata=SPARSE_VSA["metadata"]) as handle:
         counter = CompileCounterWithBackend("eager")
         tiny.model.compile_repeated_blocks(fullgraph=True, backend=counter)
-        denoise(tiny, steps=5, handle=handle)
+        tiny.denoise(steps=5, handle=handle)
         assert counter.frame_count == 2
 
 
@@ -489,3 +545,26 @@ def test_scale_of_a_foreign_processor_is_passed_or_refused():
         assert torch.equal(model(tokens), own)
     with apply(model, "TORCH_SDPA"), pytest.raises(UnsupportedRequestError, match="scale=0.3"):
         model(tokens)
+
+
+def test_backends_are_selected_for_the_device_that_is_named(make):
+    tiny = make()
+    for device, expected in ((None, "cpu"), ("cuda", "cuda"), (torch.device("cuda", 0), "cuda:0")):
+        with apply(tiny.model, "TORCH_SDPA", device=device) as handle:
+            selection = handle.replaced[0].selections["TORCH_SDPA"]
+            assert selection.report.to_dict()["request"]["device"] == expected
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "device", "says"), [(True, None, True), (False, None, False), (True, "cpu", False)]
+)
+def test_model_that_is_still_on_the_cpu_is_pointed_out(make, monkeypatch, has_gpu, device, says):
+    spec = BackendSpec(
+        "GPU_ATTN",
+        target="made:Backend",
+        capabilities=Capabilities(dtypes={"float32"}, head_sizes={64}, devices={"cuda"}),
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    with installed(spec, make_backend("GPU_ATTN")), pytest.raises(UnsupportedRequestError, match="cpu") as refused:
+        apply(make().model, "GPU_ATTN", device=device)
+    assert ("give apply(device='cuda')" in str(refused.value)) is says

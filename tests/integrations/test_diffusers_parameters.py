@@ -14,6 +14,8 @@ from attnmux.integrations.diffusers import apply
 from attnmux.testing import installed, make_backend
 
 VSA = {"backend": "VIDEO_SPARSE_ATTN", "metadata": {"VSA_sparsity": 0.5}}
+SLA = {"backend": "SLA_ATTN", "impl_args": {"topk_ratio": 0.5}}
+SLA_PROJECTION = "blocks.0.attn1.processor.attention.SLA_ATTN.attn_impl.proj_l.weight"
 GATE = "blocks.0.attn1.processor.to_gate_compress.weight"
 PROJECTION = "blocks.0.attn1.processor.attention.LEARNED_ATTN.attn_impl.proj_l.weight"
 
@@ -48,11 +50,13 @@ def learned():
         yield {"backend": "LEARNED_ATTN"}
 
 
-@pytest.fixture(params=["gate", "projection"])
+@pytest.fixture(params=["gate", "projection", "SLA"])
 def parametric(request):
     """Arguments of apply for a backend that brings parameters, and the name of one of them."""
     if request.param == "gate":
         return VSA, GATE
+    if request.param == "SLA":
+        return SLA, SLA_PROJECTION
     return request.getfixturevalue("learned"), PROJECTION
 
 
@@ -75,6 +79,7 @@ def test_parameters_are_in_the_state_dict_and_said_to_be_initialised(make, param
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("parametric", ["gate", "projection"], indirect=True)
 def test_initial_parameters_leave_the_model_as_it_is(make, parametric):
     options, _ = parametric
     tiny = make()

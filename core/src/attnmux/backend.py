@@ -29,6 +29,7 @@ __all__ = [
     "AttentionMetadata",
     "AttentionMetadataBuilder",
     "DenseMetadataBuilder",
+    "LayerPlace",
     "layer_index",
 ]
 
@@ -300,6 +301,36 @@ class AttentionImpl(ABC, Generic[T]):
         of_q, of_k, of_v = torch.autograd.grad(part, (q, k, v), upstream.to(part.dtype))
         (of_keys,) = torch.autograd.grad(mean_key, (keys,), (missing * query).to(mean_key.dtype))
         return of_q + missing * mean_key.detach(), of_k + of_keys, of_v
+
+
+# bounds that `LayerPlace` tabulates; beyond, a compiled model has a graph for every layer
+_MOST_LAYERS = 256
+
+
+class LayerPlace:
+    """Where a layer stands in its model, for impls that act by it: claims that compiled layers can share.
+
+    An integer that a module holds is a constant to torch.compile. Comparing a layer's index therefore makes one graph for
+    each layer, and a model has more of those than torch compiles. Here the comparisons are in a list, of which torch
+    guards on the entries that are read, so that layers of which the same is true share a graph.
+
+    Args:
+        index: The layer's index, from 0; None = not known, of which no claim is true.
+
+    Attributes:
+        is_known: Whether the index is known.
+    """
+
+    def __init__(self, index: int | None) -> None:
+        self.is_known = index is not None
+        self._index = index
+        self._reaches = [index is not None and index >= bound for bound in range(_MOST_LAYERS)]
+
+    def is_within(self, first: int, last: int) -> bool:
+        """Whether the layer is one of those from first to last, both included and >= 0."""
+        if last + 1 < _MOST_LAYERS:
+            return self._reaches[first] and not self._reaches[last + 1]
+        return self._index is not None and first <= self._index <= last
 
 
 def layer_index(prefix: str, layer_idx: int | None = None) -> int | None:

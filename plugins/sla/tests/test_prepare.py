@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from attnmux.backend import LayerPlace
 from attnmux.errors import UnsupportedRequestError
 from attnmux_blocksparse import select_top_blocks
 from attnmux_sla import TopkRule, get_block_map, mean_pool, select_blocks
@@ -96,9 +97,15 @@ def test_the_public_map_agrees_with_its_lists():
 class TestTopkRule:
     def test_ranges_include_both_ends(self):
         rule = TopkRule(0.5, layers=(1, 3), steps=(0, 9))
-        assert [rule.covers_layer(layer) for layer in (0, 1, 3, 4, None)] == [False, True, True, False, False]
+        assert [rule.covers_layer(LayerPlace(layer)) for layer in (0, 1, 3, 4, None)] == [
+            False,
+            True,
+            True,
+            False,
+            False,
+        ]
         assert [rule.covers_step(step) for step in (0, 9, 10)] == [True, True, False]
-        assert TopkRule(0.5).covers_layer(None)
+        assert TopkRule(0.5).covers_layer(LayerPlace(None))
 
     @pytest.mark.parametrize("field", ["layers", "steps"])
     @pytest.mark.parametrize("bounds", [(3, 1), (-1, 2), (1,)])

@@ -13,7 +13,8 @@ def test_triton_kernels_pass_in_the_interpreter():
     pytest.importorskip("numpy")
     here = Path(__file__).parent
     paths = [str(here), *(p for p in sys.path if p)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    # products are tiny: threads would only wait for one another
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     # The interpreter and NumPy warn about one another.
     options = ["-q", "-x", "-p", "no:cacheprovider", "-o", "filterwarnings="]
     command = [sys.executable, "-m", "pytest", *options, str(here / "interpreter_cases.py")]

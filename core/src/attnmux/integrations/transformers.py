@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from attnmux.errors import MissingPackageError, UnsupportedRequestError
+from attnmux.errors import UnsupportedRequestError
 from attnmux.integrations.layer_cache import LayerCache, stateless_spec
+from attnmux.integrations.versions import require
 from attnmux.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -52,15 +53,14 @@ def register(backend: AttentionBackendEnum | str | Schedule, name: str | None = 
         name: Name to register; None = "attnmux_" and the backend's name in lower case; a schedule needs one.
 
     Raises:
-        MissingPackageError: transformers is not installed.
+        MissingPackageError: transformers is not installed, or too old.
         UnsupportedRequestError: The backend cannot be served by a plain function, or takes no mask of the form that
             transformers makes (bool); a schedule depends on steps or names no default.
     """
-    try:
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
-    except ImportError as error:
-        raise MissingPackageError("this needs transformers >= 4.56: pip install transformers") from error
+    require("transformers")
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
     schedule = backend if isinstance(backend, Schedule) else Schedule(default=backend)
     if schedule.default is None or len(schedule.edges) > 1:
         raise UnsupportedRequestError(

@@ -1,11 +1,36 @@
-"""Index arithmetic shared by the constructors, the reference and the operator: masks to lists, lists to their transpose."""
+"""What the constructors, the reference and the operator share, and operators of other packages around this one: index
+arithmetic (masks to lists, lists to their transpose), the type that is computed in, the factor on the scores.
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+from attnmux.errors import UnsupportedRequestError
 
 # A key block chosen more often than this times the mean starts early in the backward (see kernels/backward.py).
 HOT_FACTOR = 2
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what the reference computes tensors of a type in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def resolve_scale(softmax_scale: float | None, head_size: int) -> float:
+    """Return the factor on the scores; None is `head_size ** -0.5`, and 0.0 is a value.
+
+    Raises:
+        UnsupportedRequestError: It is not finite.
+    """
+    if softmax_scale is None:
+        return float(head_size**-0.5)
+    # comparisons rather than math.isfinite, which cannot be traced with a dynamic scale; NaN fails them too
+    if not -math.inf < softmax_scale < math.inf:
+        raise UnsupportedRequestError(f"softmax_scale must be finite, got {softmax_scale!r}")
+    return float(softmax_scale)
 
 
 def lists_from_mask(mask: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:

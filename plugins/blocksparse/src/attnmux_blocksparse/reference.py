@@ -44,16 +44,11 @@ class _Chunk(NamedTuple):
     mask: torch.Tensor
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _in_blocks(x: torch.Tensor, lengths: torch.Tensor | None, block: int) -> torch.Tensor:
     """[B, S, H, D] -> [B * H * N, block, D], with zeros in place of padding, in the type that is computed in."""
     batch, length, heads, head_dim = x.shape
     is_valid = prepare.valid_tokens(lengths, 0 if lengths is None else lengths.shape[1], block, length, x.device)
-    x = torch.where(is_valid[:, :, None, None], x, 0).to(compute_dtype(x.dtype))
+    x = torch.where(is_valid[:, :, None, None], x, 0).to(prepare.compute_dtype(x.dtype))
     x = F.pad(x, (0, 0, 0, 0, 0, -length % block))
     blocks = x.shape[1] // block
     return x.view(batch, blocks, block, heads, head_dim).permute(0, 3, 1, 2, 4).reshape(-1, block, head_dim)

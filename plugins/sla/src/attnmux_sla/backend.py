@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from attnmux.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, layer_index
+from attnmux.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    LayerPlace,
+    layer_index,
+)
 from attnmux.errors import UnsupportedRequestError
 from attnmux_sla.kernels import ENGINES, HALF_TYPES
 from attnmux_sla.ops import sparse_linear_attention
@@ -179,6 +186,7 @@ class SLAAttentionImpl(AttentionImpl[SLAAttentionMetadata], nn.Module):
         self.linear_keys = linear_keys
         self.negligible_ratio = negligible_ratio
         self.layer_idx = layer_index(prefix, layer_idx)
+        self._place = LayerPlace(self.layer_idx)
         self.engine = engine
         self.router = _part("router", router, {"mean": None, "learned": LearnedRouter}, head_size)
         self.combine = _part("combine", combine, {"project": None, "alpha": AlphaMix}, head_size)
@@ -244,7 +252,7 @@ class SLAAttentionImpl(AttentionImpl[SLAAttentionMetadata], nn.Module):
 
     def _topk_ratio(self, metadata: SLAAttentionMetadata) -> float:
         for rule in metadata.rules:
-            if rule.covers_layer(self.layer_idx):
+            if rule.covers_layer(self._place):
                 return rule.topk_ratio
         return self.topk_ratio if metadata.topk_ratio is None else metadata.topk_ratio
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +11,12 @@ from torch.nn import functional as F
 from attnmux.errors import UnsupportedRequestError
 from attnmux_blocksparse.index import BlockIndex
 from attnmux_blocksparse.ops import block_sparse_attention, select_top_blocks
+from attnmux_blocksparse.prepare import compute_dtype, resolve_scale
 from attnmux_sla import reference
 from attnmux_sla.kernels import ENGINES, HALF_TYPES, choose_engine
 from attnmux_sla.prepare import (
     FEATURE_MAPS,
     LINEAR_KEYS,
-    compute_dtype,
     count_blocks,
     count_kept_blocks,
     order_of_scale,
@@ -101,7 +100,7 @@ def sparse_linear_attention(
     """
     _check(q, k, v, block_q, block_k, engine)
     _check_options(q, k, proj_weight, proj_bias, feature_map, linear_keys, negligible_ratio, protected_tokens, combine)
-    scale = _resolve_scale(softmax_scale, q.shape[3])
+    scale = resolve_scale(softmax_scale, q.shape[3])
     is_fused = combine is None and linear_keys == "all"
     chosen, sparse_engine = engine or "", "reference" if engine == "reference" else ""
     with torch.autocast(q.device.type, enabled=False):
@@ -158,7 +157,7 @@ def select_blocks(
 ) -> BlockIndex:
     """Return the key blocks that every query block keeps, as `sparse_linear_attention` chooses them; arguments as there."""
     _check(q, k, k, block_q, block_k, engine)
-    scale = _resolve_scale(softmax_scale, q.shape[3])
+    scale = resolve_scale(softmax_scale, q.shape[3])
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         pooled_q, pooled_k = (
             torch.ops.attnmux_sla.pool(x.detach(), block, engine or "") for x, block in ((q, block_q), (k, block_k))
@@ -253,15 +252,6 @@ def _visible_blocks(
         lowest = select_top_blocks(pooled_q, pooled_k, negligible, order=-order)
         visible.scatter_(-1, lowest.long(), False)
     return visible
-
-
-def _resolve_scale(softmax_scale: float | None, head_size: int) -> float:
-    if softmax_scale is None:
-        return float(head_size**-0.5)
-    # comparisons rather than math.isfinite, which cannot be traced with a dynamic scale; NaN fails them too
-    if not -math.inf < softmax_scale < math.inf:
-        raise UnsupportedRequestError(f"softmax_scale must be finite, got {softmax_scale!r}")
-    return float(softmax_scale)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_q: int, block_k: int, engine: str | None) -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from attnmux.errors import UnsupportedRequestError
+from attnmux_blocksparse.prepare import compute_dtype
+
+if TYPE_CHECKING:
+    from attnmux.backend import LayerPlace
 
 __all__ = [
     "EPS",
@@ -14,7 +19,6 @@ __all__ = [
     "LINEAR_KEYS",
     "TopkRule",
     "check_topk_ratio",
-    "compute_dtype",
     "count_blocks",
     "count_kept_blocks",
     "order_of_scale",
@@ -56,14 +60,9 @@ class TopkRule:
         """Whether the rule holds during this step."""
         return self.steps is None or self.steps[0] <= step <= self.steps[1]
 
-    def covers_layer(self, layer: int | None) -> bool:
-        """Whether the rule holds for this layer; None is a layer without an index."""
-        return self.layers is None or (layer is not None and self.layers[0] <= layer <= self.layers[1])
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    def covers_layer(self, place: LayerPlace) -> bool:
+        """Whether the rule holds for the layer at this place."""
+        return self.layers is None or place.is_within(*self.layers)
 
 
 def count_blocks(length: int, block: int) -> int:

@@ -21,7 +21,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from attnmux_sla.prepare import EPS, compute_dtype, count_blocks, pool_blocks
+from attnmux_blocksparse.prepare import compute_dtype
+from attnmux_sla.prepare import EPS, count_blocks, pool_blocks
 
 __all__ = [
     "add_linear_branch",

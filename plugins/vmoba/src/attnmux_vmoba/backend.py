@@ -35,6 +35,10 @@ __all__ = ["VMOBAAttentionBackend", "VMOBAAttentionImpl", "VMOBAAttentionMetadat
 KINDS = ("temporal", "spatial", "st")
 """Kinds of layers, in the order of their cycle."""
 
+# what `_turns` tabulates; beyond, a compiled model has a graph for every layer
+_LONGEST_CYCLE = 12
+_MOST_FULL_LAYERS = 32
+
 
 @dataclass(kw_only=True)
 class VMOBAAttentionMetadata(AttentionMetadata):
@@ -86,6 +90,8 @@ class VMOBAAttentionMetadata(AttentionMetadata):
     threshold_keeps_one: bool = False
     # chunks by kind; None for a kind without layers
     chunks: tuple[ChunkGrid | None, ...] = field(init=False, repr=False)
+    # torch.compile guards on what a layer reads, so that a claim about the step makes two graphs where the step makes many
+    is_full_step: bool = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.patch_resolution = checked_sizes("patch_resolution", self.patch_resolution, 3)
@@ -108,6 +114,7 @@ class VMOBAAttentionMetadata(AttentionMetadata):
             checked_sizes(name, size, count)
         for topk in (self.temporal_topk, self.spatial_topk, self.st_topk):
             check_selection(self.moba_select_mode, self.moba_threshold_type, topk, self.moba_threshold)
+        self.is_full_step = self.current_timestep < self.first_full_step
         self.chunks = tuple(
             resolve_chunks(self.patch_resolution, size) if layers else None
             for size, layers in zip(sizes, cycle, strict=True)
@@ -116,9 +123,17 @@ class VMOBAAttentionMetadata(AttentionMetadata):
     def kind_of_layer(self, layer_idx: int) -> int | None:
         """Return the index in `KINDS` of what a layer attends to at this step; None where it is dense."""
         place = layer_idx - self.first_full_layer
-        if place < 0 or self.current_timestep < self.first_full_step:
+        return self.kind_of_turn(place if place < 0 else place % self.cycle)
+
+    @property
+    def cycle(self) -> int:
+        """After how many layers the kinds of chunks begin again."""
+        return self.temporal_layer + self.spatial_layer + self.st_layer
+
+    def kind_of_turn(self, turn: int) -> int | None:
+        """Return the same by the layer's place in its cycle, from 0; negative before the first cycle."""
+        if turn < 0 or self.is_full_step:
             return None
-        turn = place % (self.temporal_layer + self.spatial_layer + self.st_layer)
         if turn < self.temporal_layer:
             return 0
         return 1 if turn < self.temporal_layer + self.spatial_layer else 2
@@ -299,6 +314,7 @@ class VMOBAAttentionImpl(AttentionImpl[VMOBAAttentionMetadata]):
         if engine is not None and engine not in ENGINES:
             raise UnsupportedRequestError(f"engine={engine!r} is not known; engines are {', '.join(ENGINES)}")
         self.layer_idx = _layer_index(prefix, layer_idx)
+        self._turns = _turns(self.layer_idx)
         self.engine = engine
         self._dense = SDPAImpl(num_heads, head_size, self.softmax_scale, False, num_kv_heads, prefix)
 
@@ -343,7 +359,11 @@ class VMOBAAttentionImpl(AttentionImpl[VMOBAAttentionMetadata]):
                 "shares one budget among all heads: under sequence parallelism its result would depend on the number of ranks; use "
                 "'query_head' or 'head_global'"
             )
-        kind = attn_metadata.kind_of_layer(self.layer_idx)
+        cycle, first = attn_metadata.cycle, attn_metadata.first_full_layer
+        if cycle <= _LONGEST_CYCLE and first < _MOST_FULL_LAYERS:
+            kind = attn_metadata.kind_of_turn(self._turns[cycle - 1][first])
+        else:
+            kind = attn_metadata.kind_of_layer(self.layer_idx)
         how = attn_metadata.selection(kind or 0)
         if kind is None or (attn_metadata.topk1_is_dense and how.mode == "topk" and how.topk == 1):
             T, H, W = attn_metadata.patch_resolution
@@ -364,6 +384,19 @@ def _layer_index(prefix: str, layer_idx: int | None) -> int:
             "pass layer_idx="
         )
     return index or 0
+
+
+def _turns(layer_idx: int) -> list[list[int]]:
+    """Return a layer's place in its cycle by the cycle's length and the number of full layers; -1 for a full layer.
+
+    torch.compile guards on the entry of a list that is read (of tuples, on the whole), so that layers at one place of their
+    cycles share a graph; arithmetic on the index would make one for each layer, and a model has more of those than torch
+    compiles.
+    """
+    return [
+        [(layer_idx - first) % cycle if first <= layer_idx else -1 for first in range(_MOST_FULL_LAYERS)]
+        for cycle in range(1, _LONGEST_CYCLE + 1)
+    ]
 
 
 class VMOBAAttentionBackend(AttentionBackend):

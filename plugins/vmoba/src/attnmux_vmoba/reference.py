@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from attnmux_blocksparse.prepare import compute_dtype
 from attnmux_vmoba.prepare import (
     ChunkGrid,
     Selection,
@@ -28,17 +29,12 @@ from attnmux_vmoba.prepare import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["attention_backward", "attention_forward", "choose_chunks", "gate_chunks", "select_bits"]
+__all__ = ["attention_backward", "attention_forward", "choose_chunks", "compute_dtype", "gate_chunks", "select_bits"]
 
 # keeps a share of no gates at all at 0, as published
 _EPS = 1e-6
 # queries whose scores are in memory at once
 _ROWS = 2048
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _heads_first(x: torch.Tensor, chunks: ChunkGrid, heads: int) -> torch.Tensor:

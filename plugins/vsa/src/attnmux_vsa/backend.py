@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnmux.backend import AttentionBackend, AttentionImpl, AttentionMetadata, AttentionMetadataBuilder, layer_index
+from attnmux.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    LayerPlace,
+    layer_index,
+)
 from attnmux.backends.sdpa import SDPAImpl
 from attnmux.errors import UnsupportedRequestError
 from attnmux_vsa.ops import check_call, check_conform, check_metadata, video_sparse_attention
@@ -130,6 +137,7 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
                 "tile is attended; use TORCH_SDPA or FLASH_ATTN for a causal layer"
             )
         self.layer_idx = layer_index(prefix, layer_idx)
+        self._place = LayerPlace(self.layer_idx)
         self.conform = check_conform(conform)
         self._dense = SDPAImpl(num_heads, head_size, softmax_scale, num_kv_heads=num_kv_heads)
 
@@ -163,13 +171,14 @@ class VideoSparseAttentionImpl(AttentionImpl[VideoSparseAttentionMetadata]):
             )
         topk = tiling.topk
         if tiling.dense_layers:
-            if self.layer_idx is None:
+            if not self._place.is_known:
                 raise UnsupportedRequestError(
                     f"the metadata keep layers {tiling.dense_layers} dense, but this layer does not know its index; give it "
                     'a prefix with "blocks.<i>", or layer_idx='
                 )
-            if self.layer_idx in tiling.dense_layers:
-                topk = tiling.variable_block_sizes.shape[0]
+            for layer in tiling.dense_layers:
+                if self._place.is_within(layer, layer):
+                    topk = tiling.variable_block_sizes.shape[0]
         if gate_compress is None and topk == tiling.variable_block_sizes.shape[0]:
             check_call(query, key, tiling, v=value)
             dense = self._dense.forward(query, key, value, None)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from attnmux.errors import ForwardContextError, UnsupportedRequestError
+from attnmux_blocksparse.prepare import compute_dtype, resolve_scale
 from attnmux_vsa.kernels import ENGINES, choose_engine
 from attnmux_vsa.prepare import VideoTiling, resolve_topk, tile_tokens
 from attnmux_vsa.reference import (
@@ -81,7 +82,7 @@ def video_sparse_attention(
     check_conform(conform)
     chosen = choose_engine(engine, q, math.prod(tiling.tile_size))
     kept = _resolve_topk(topk, sparsity, tiling)
-    scale = _resolve_scale(softmax_scale, q.shape[3])
+    scale = resolve_scale(softmax_scale, q.shape[3])
     if chosen == "triton":
         return _by_kernels(q, k, v, tiling, kept, scale, gate_compress, conform)
     return video_sparse_attention_reference(
@@ -129,12 +130,11 @@ def select_tiles(
     tiling = check_call(q, k, metadata)
     check_conform(conform)
     kept = _resolve_topk(topk, sparsity, tiling)
-    scale = _resolve_scale(softmax_scale, q.shape[3])
+    scale = resolve_scale(softmax_scale, q.shape[3])
     sizes, volume = tiling.variable_block_sizes, math.prod(tiling.tile_size)
-    compute_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         means = [
-            tile_means(tile_tokens(x.to(compute_dtype), tiling.slot_of_token, sizes.shape[0], volume), sizes)
+            tile_means(tile_tokens(x.to(compute_dtype(q.dtype)), tiling.slot_of_token, sizes.shape[0], volume), sizes)
             for x in (q, k)
         ]
         if choose_engine(None, q, volume) == "triton":
@@ -243,15 +243,6 @@ def _check_like_q(name: str, x: torch.Tensor, q: torch.Tensor, shape: tuple[int,
 def _resolve_topk(topk: int | None, sparsity: float | None, tiling: VideoTiling) -> int:
     kept = resolve_topk(topk, sparsity, tiling.variable_block_sizes.shape[0])
     return tiling.topk if kept is None else kept
-
-
-def _resolve_scale(softmax_scale: float | None, head_size: int) -> float:
-    if softmax_scale is None:
-        return float(head_size**-0.5)
-    # Comparisons rather than math.isfinite, which cannot be traced with a dynamic scale; NaN fails them too.
-    if not -math.inf < softmax_scale < math.inf:
-        raise UnsupportedRequestError(f"softmax_scale must be finite, got {softmax_scale!r}")
-    return softmax_scale
 
 
 @torch.library.custom_op("attnmux_vsa::forward", mutates_args=())

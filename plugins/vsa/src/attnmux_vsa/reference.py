@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from attnmux_blocksparse.prepare import compute_dtype
 from attnmux_vsa.prepare import tile_tokens, untile_tokens, valid_slots
 
 __all__ = ["CONFORM", "attend_tiles", "keep_top_tiles", "score_means", "tile_means", "video_sparse_attention_reference"]
@@ -66,12 +67,9 @@ def video_sparse_attention_reference(
         counts a short tile like a full one. Unlike there: scores are float32 rather than rounded to the input dtype;
         the kept tiles are exactly topk; the scale can be chosen; no gate means no coarse branch.
     """
-    compute_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    num_tiles = tile_sizes.shape[0]
+    num_tiles, dtype = tile_sizes.shape[0], compute_dtype(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
-        q_tiles, k_tiles, v_tiles = (
-            tile_tokens(x.to(compute_dtype), slot_of_token, num_tiles, tile_volume) for x in (q, k, v)
-        )
+        q_tiles, k_tiles, v_tiles = (tile_tokens(x.to(dtype), slot_of_token, num_tiles, tile_volume) for x in (q, k, v))
         fine, coarse = attend_tiles(
             q_tiles,
             k_tiles,
@@ -85,7 +83,7 @@ def video_sparse_attention_reference(
         out = untile_tokens(fine, slot_of_token)
         if gate_compress is not None and coarse is not None:
             of_every_token = coarse.unsqueeze(3).expand_as(fine)
-            out = out + gate_compress.to(compute_dtype) * untile_tokens(of_every_token, slot_of_token)
+            out = out + gate_compress.to(dtype) * untile_tokens(of_every_token, slot_of_token)
     return out.to(q.dtype)
 
 

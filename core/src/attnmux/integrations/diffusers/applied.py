@@ -8,13 +8,15 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from attnmux.errors import AttnmuxError, UnsupportedRequestError
-from attnmux.integrations.diffusers.modules import AttentionModule, chosen, find_attention
+from attnmux.integrations.diffusers.modules import AttentionModule, chosen, chosen_as_self, find_attention
 from attnmux.integrations.diffusers.parameters import load_parameters
 from attnmux.integrations.diffusers.passes import ModelPasses
 from attnmux.integrations.diffusers.processor import GATE, AttnmuxProcessor, make_processor
+from attnmux.integrations.versions import require
 from attnmux.layers import LocalAttention
 from attnmux.schedule import LayerPlan, Schedule
 from attnmux.selector import select_backend
@@ -143,6 +145,8 @@ def apply(
     metadata: Mapping[str, Any] | None = None,
     impl_args: Mapping[str, Any] | None = None,
     softmax_scale: float | None = None,
+    assume_full_masks: bool = False,
+    device: torch.device | str | None = None,
     checkpoint: str | Path | None = None,
 ) -> Applied:
     """Replace the attention inside a diffusers transformer by an attnmux backend.
@@ -161,6 +165,11 @@ def apply(
         metadata: Options of the backends' metadata builders, such as `{"VSA_sparsity": 0.8}`.
         impl_args: Constructor arguments of the backends' impls, such as `{"topk_ratio": 0.1}`.
         softmax_scale: Factor on the scores that the model asks for, where it is not `head_size ** -0.5`.
+        assume_full_masks: The masks that the model passes hide nothing, as those of HunyuanVideo with text that is not padded.
+            They are not passed on, so that backends without masks serve the model, and others are faster. A mask that hides
+            a key all the same raises on a CPU; on a GPU it is a device-side assertion, which ends the process's use of
+            the device. Nothing waits for the device.
+        device: Where the model will run, such as "cuda" for one that is offloaded or moved later; None = where it is now.
         checkpoint: File or folder in safetensors form from which the backends' parameters come; those that it lacks keep
             their initial values, and a warning says which.
 
@@ -170,7 +179,9 @@ def apply(
     Raises:
         AttnmuxError: A backend cannot serve a module; nothing matches `modules`; an option belongs to no backend; the model
             is replaced already.
+        MissingPackageError: diffusers is not installed, or too old.
     """
+    require("diffusers")
     if schedule is not None and backend is not None:
         raise UnsupportedRequestError(
             f"backend={backend!r} and schedule= are both given; write the backend as the schedule's default"
@@ -184,8 +195,9 @@ def apply(
     replaced, processors = [], []
     for item in targets:
         plan = schedule.resolve(item.layer, num_layers, item.role)
-        selections = _select(item, plan, softmax_scale, model)
-        processors.append(_processor(item, plan, selections, softmax_scale, options))
+        selections = _select(item, plan, softmax_scale, None if device is None else str(device), model)
+        held = {"assume_full_masks": assume_full_masks, "is_self": chosen_as_self(item, modules)}
+        processors.append(_processor(item, plan, selections, softmax_scale, held, options))
         named = tuple(selections[name].spec.name for name in plan.backends)
         replaced.append(
             Replacement(item.name, item.role, item.layer, LayerPlan(plan.edges, named), _by_name(selections))
@@ -220,8 +232,11 @@ class _Options:
         self.metadata = metadata
         self._used: set[tuple[str, str]] = set()
 
-    def for_impl(self, backend: type[AttentionBackend]) -> dict[str, Any]:
-        return self._known("impl_args", self.impl_args, backend.get_impl_cls().__init__)
+    def for_impl(self, backend: type[AttentionBackend], layer: int) -> dict[str, Any]:
+        init: Any = backend.get_impl_cls().__init__
+        # impls that act by the layer's index look for it in the prefix, where not every model has it
+        index = {"layer_idx": layer} if layer >= 0 and "layer_idx" in inspect.signature(init).parameters else {}
+        return {**index, **self._known("impl_args", self.impl_args, init)}
 
     def for_builder(self, backend: type[AttentionBackend]) -> dict[str, Any]:
         return self._known("metadata", self.metadata, backend.get_builder_cls().build)
@@ -241,7 +256,7 @@ class _Options:
 
 
 def _select(
-    item: AttentionModule, plan: LayerPlan, softmax_scale: float | None, model: nn.Module
+    item: AttentionModule, plan: LayerPlan, softmax_scale: float | None, device: str | None, model: nn.Module
 ) -> dict[str | None, Selection]:
     """Return the selection of each backend of a plan, under the name that the plan gives."""
     weight = item.module.to_q.weight
@@ -250,7 +265,7 @@ def _select(
         request = AttentionRequest(
             head_size=item.head_size,
             dtype=str(weight.dtype),
-            device=str(weight.device),
+            device=str(weight.device) if device is None else device,
             num_heads=item.num_heads,
             num_kv_heads=item.num_kv_heads,
             cross_attention=item.role == "cross",
@@ -262,7 +277,12 @@ def _select(
         try:
             selections[name] = select_backend(request, backend=name)
         except AttnmuxError as error:
-            error.args = (f"{item.name} ({item.role} attention): {error}", *error.args[1:])
+            text = f"{item.name} ({item.role} attention): {error}"
+            if device is None and weight.device.type == "cpu" and torch.cuda.is_available():
+                text += (
+                    " The model is on the CPU; where it will run on a GPU, move it first or give apply(device='cuda')."
+                )
+            error.args = (text, *error.args[1:])
             raise
     return selections
 
@@ -272,6 +292,7 @@ def _processor(
     plan: LayerPlan,
     selections: Mapping[str | None, Selection],
     softmax_scale: float | None,
+    held: Mapping[str, bool],
     options: _Options,
 ) -> AttnmuxProcessor:
     query = item.module.to_q
@@ -287,7 +308,7 @@ def _processor(
             backend=selection.spec.name,
             dtype=query.weight.dtype,
             prefix=item.name,
-            **options.for_impl(selection.backend_class),
+            **options.for_impl(selection.backend_class, item.layer),
         )
         layers[selection.spec.name] = layer.to(query.weight.device)
     gate = None
@@ -299,7 +320,8 @@ def _processor(
         nn.init.zeros_(gate.weight)
         nn.init.zeros_(gate.bias)
     order = [selections[name].spec.name for name in plan.backends]
-    return make_processor(item.module.processor, layers, order, gate).train(item.module.training)
+    processor = make_processor(item.module.processor, layers, order, gate, **held)
+    return processor.train(item.module.training)
 
 
 def _by_name(selections: Mapping[str | None, Selection]) -> dict[str, Selection]:

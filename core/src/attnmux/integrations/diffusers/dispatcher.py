@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from attnmux.errors import MissingPackageError, UnsupportedRequestError
+from attnmux.errors import UnsupportedRequestError
 from attnmux.integrations.layer_cache import LayerCache, stateless_spec
+from attnmux.integrations.versions import require
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +30,7 @@ def register_backend(backend: AttentionBackendEnum | str) -> str:
         backend: A backend without parameters and metadata. Twice does nothing.
 
     Raises:
-        MissingPackageError: diffusers is not installed.
+        MissingPackageError: diffusers is not installed, or too old.
         UnsupportedRequestError: The backend cannot be served by a plain function.
     """
     dispatch = _dispatch_module()
@@ -69,10 +70,9 @@ def unregister_backend(name: str) -> None:
 
 
 def _dispatch_module() -> Any:
-    try:
-        from diffusers.models import attention_dispatch
-    except ImportError as error:
-        raise MissingPackageError("this needs diffusers >= 0.36: pip install diffusers") from error
+    require("diffusers")
+    from diffusers.models import attention_dispatch
+
     return attention_dispatch
 
 

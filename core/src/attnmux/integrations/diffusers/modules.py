@@ -13,7 +13,7 @@ from attnmux.errors import UnsupportedRequestError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["ROLES", "AttentionModule", "chosen", "find_attention"]
+__all__ = ["ROLES", "AttentionModule", "chosen", "chosen_as_self", "find_attention"]
 
 ROLES = ("self", "cross", "other")
 """self: over the tokens of the video or image, text joined or not; cross: from them to a context; other: outside the stack
@@ -60,8 +60,7 @@ def find_attention(model: nn.Module) -> tuple[list[AttentionModule], int]:
             continue
         block = ".".join(name.split(".")[:2])
         layer = places.get(block, -1)
-        is_cross = bool(getattr(module, "is_cross_attention", False))
-        role = "other" if layer < 0 else "cross" if is_cross else "self"
+        role = "other" if layer < 0 else "cross" if _is_cross(model, name, module) else "self"
         found.append(AttentionModule(name, module, role, layer, *_sizes(module)))
     if not found:
         raise UnsupportedRequestError(
@@ -69,6 +68,15 @@ def find_attention(model: nn.Module) -> tuple[list[AttentionModule], int]:
             "transformer of a diffusers pipeline (pipe.transformer)"
         )
     return found, len(places)
+
+
+def _is_cross(model: nn.Module, name: str, module: Any) -> bool:
+    declared = getattr(module, "is_cross_attention", None)
+    if declared is not None:
+        return bool(declared)
+    # where a module does not say it, diffusers' names do: attn1 attends to the tokens themselves, attn2 beside it to a context
+    parent, _, last = name.rpartition(".")
+    return last.endswith("attn2") and hasattr(model.get_submodule(parent), f"{last[:-1]}1")
 
 
 def _sizes(module: Any) -> tuple[int, int, int]:
@@ -99,3 +107,9 @@ def chosen(found: Sequence[AttentionModule], modules: str | Sequence[str]) -> li
             )
         taken |= names
     return [item for item in found if item.name in taken]
+
+
+def chosen_as_self(item: AttentionModule, modules: str | Sequence[str]) -> bool:
+    """Whether nothing but the role "self" chose a module."""
+    wanted = [modules] if isinstance(modules, str) else list(modules)
+    return item.role == "self" and not any(entry == "all" or fnmatchcase(item.name, entry) for entry in wanted)

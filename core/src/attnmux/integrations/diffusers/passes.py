@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import inspect
 import threading
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,9 @@ Grid = tuple[int, int, int]
 
 _FACTS = ("current_timestep", "raw_latent_shape", "patch_size", "device")
 """Arguments of metadata builders that are known here."""
+
+_STEPS = (0, *range(1, 100), 10**6)
+"""Steps by which options that depend on the step are told from those that do not."""
 
 # Where frames, rows and columns are in the latents that a model takes, if not at 2, 3 and 4.
 _VIDEO_AXES = {"CogVideoXTransformer3DModel": (1, 3, 4)}
@@ -105,6 +109,7 @@ class ModelPasses:
         self._edges = list(edges)
         self._grid = grid
         self._builders = [self._builder(wanting, metadata) for wanting in backends]
+        self._goes_by_step: dict[int, bool] = {}
         self._checkpointing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         self._handles: list[Any] = []
         # where nothing changes from pass to pass the model stays free of hooks, and compiles as a whole
@@ -152,19 +157,12 @@ class ModelPasses:
                 "the metadata of a forward pass are made on the host, outside of compiled code: compile the model block by "
                 "block, model.compile_repeated_blocks(fullgraph=True)"
             )
-        step, given = self._step()
+        step, metadata = self._step()
         index = bisect.bisect_right(self._edges, step or 0) - 1
         if step is None and len(self._edges) > 1:
-            raise ForwardContextError(
-                "the schedule depends on the denoising step, and nothing says which one this is: pass "
-                "callback_on_step_end=handle.on_step_end to the pipeline, set handle.step, or wrap the model call in "
-                "attnmux.set_forward_context(current_timestep=...)"
-            )
-        built = self._builders[index]
-        metadata = given
-        if metadata is None and built is not None:
-            builder, facts, options = built
-            metadata = builder.build(**self._facts(facts, step or 0, args, kwargs), **options)
+            raise _untold("the schedule depends")
+        if metadata is None and self._builders[index] is not None:
+            metadata = self._build(index, step, args, kwargs)
         state = PassState(step or 0, metadata, index)
         wrapped = []
         for holder in self._checkpointing:
@@ -185,6 +183,18 @@ class ModelPasses:
         for holder, inner in wrapped:
             holder._gradient_checkpointing_func = inner
         PassState.leave(entered)
+
+    def _build(self, index: int, step: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        builder, names, options = self._builders[index]
+        facts = self._facts(names, step or 0, args, kwargs)
+        if step is None and "current_timestep" in facts:
+            if index not in self._goes_by_step:
+                made = (_comparable(builder.build(**{**facts, "current_timestep": at}, **options)) for at in _STEPS)
+                first = next(made)
+                self._goes_by_step[index] = any(other != first for other in made)
+            if self._goes_by_step[index]:
+                raise _untold(f"metadata={options!r} depend")
+        return builder.build(**facts, **options)
 
     def _stack(self) -> list[Any]:
         return _running.stacks.setdefault(id(self), [])
@@ -226,6 +236,25 @@ class ModelPasses:
             int(latents.shape[axis]) for axis in _VIDEO_AXES.get(type(self._model).__name__, (2, 3, 4))
         )
         return (frames, rows, columns), (int(patch[0]), int(patch[1]), int(patch[2]))
+
+
+def _untold(what: str) -> ForwardContextError:
+    return ForwardContextError(
+        f"{what} on the denoising step, and nothing says which one this is: pass callback_on_step_end=handle.on_step_end to the "
+        "pipeline and set handle.step = 0, or wrap the model call in attnmux.set_forward_context(current_timestep=...)"
+    )
+
+
+def _comparable(value: Any) -> Any:
+    """Return what two metadata can be compared by, without reading tensors or the step itself."""
+    if isinstance(value, torch.Tensor):
+        return value.shape
+    if isinstance(value, (list, tuple)):
+        return [_comparable(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        fields = (field.name for field in dataclasses.fields(value) if field.name != "current_timestep")
+        return [(name, _comparable(getattr(value, name))) for name in fields]
+    return value
 
 
 def _within(inner: Callable[..., Any], state: PassState) -> Callable[..., Any]:

@@ -41,12 +41,21 @@ class AttnmuxProcessor(nn.Module):
         layers: One layer per backend that the module ever uses, by backend name.
         order: Name of the backend in every phase.
         gate: Projection of the hidden states to the gate, for backends that take one; None for others.
+        assume_full_masks: The model's masks hide nothing. They are held to it and not passed on.
+        is_self: The module was chosen as self-attention, and is held to it.
     """
 
     _call: Callable[..., Any]
 
     def __init__(
-        self, original: object, layers: dict[str, LocalAttention], order: Sequence[str], gate: nn.Module | None = None
+        self,
+        original: object,
+        layers: dict[str, LocalAttention],
+        order: Sequence[str],
+        gate: nn.Module | None = None,
+        *,
+        assume_full_masks: bool = False,
+        is_self: bool = False,
     ) -> None:
         super().__init__()
         self.original = original
@@ -55,6 +64,11 @@ class AttnmuxProcessor(nn.Module):
         self.takes_gate = frozenset(
             name for name, layer in layers.items() if GATE in layer.selection.spec.capabilities.extra_inputs
         )
+        self.takes_mask = frozenset(
+            name for name, layer in layers.items() if "attn_mask" in layer.selection.spec.capabilities.extra_inputs
+        )
+        self.assume_full_masks = assume_full_masks
+        self.is_self = is_self
         if gate is not None:
             self.to_gate_compress = gate
         self.has_gate = gate is not None
@@ -115,8 +129,21 @@ class AttnmuxProcessor(nn.Module):
                 f"{name}: the model asks for scale={wanted}, the layer was built with {layer.attn_impl.softmax_scale}; give "
                 f"apply(softmax_scale={wanted})"
             )
+        if self.is_self and query.shape[1] != key.shape[1]:
+            raise UnsupportedRequestError(
+                f"{layer.attn_impl.prefix} was chosen as self-attention, and it attends from {query.shape[1]} tokens to "
+                f"{key.shape[1]}: the model does not say that this is another attention. Choose modules by patterns of "
+                "paths, such as 'blocks.*.attn1'"
+            )
         extra: dict[str, torch.Tensor] = {}
-        if attn_mask is not None:
+        if attn_mask is not None and self.assume_full_masks:
+            _hold_to_full(attn_mask, name)
+        elif attn_mask is not None and name not in self.takes_mask:
+            raise UnsupportedRequestError(
+                f"{name} takes no mask, and the model passes one, {attn_mask.dtype} {list(attn_mask.shape)}. If it hides nothing, "
+                "as with text that is not padded, say apply(assume_full_masks=True); else choose a backend with masks"
+            )
+        elif attn_mask is not None:
             extra["attn_mask"] = attn_mask
         if gate is not None:
             extra[GATE] = gate.view(*gate.shape[:2], *query.shape[2:])
@@ -150,8 +177,27 @@ class AttnmuxProcessor(nn.Module):
             )
 
 
+def _hold_to_full(mask: torch.Tensor, backend: str) -> None:
+    """Raise if a mask hides a key; on a GPU, and in compiled code, when the device gets there, which nothing waits for."""
+    is_full = (mask if mask.dtype == torch.bool else mask == 0).all()
+    said = (
+        f"{backend}: apply(assume_full_masks=True) was said, and the model passes a mask that hides keys; leave the padding of the "
+        "text out, or choose a backend with masks and leave the argument out"
+    )
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(is_full, said)
+    elif not is_full:
+        raise UnsupportedRequestError(said)
+
+
 def make_processor(
-    original: object, layers: dict[str, LocalAttention], order: Sequence[str], gate: nn.Module | None = None
+    original: object,
+    layers: dict[str, LocalAttention],
+    order: Sequence[str],
+    gate: nn.Module | None = None,
+    *,
+    assume_full_masks: bool = False,
+    is_self: bool = False,
 ) -> AttnmuxProcessor:
     """Return a processor that takes the same arguments as the original.
 
@@ -169,7 +215,7 @@ def make_processor(
             "F.scaled_dot_product_attention, so that its attention cannot be replaced"
         )
     cls: Any = type(original)
-    return _processor_class(cls)(original, layers, order, gate)
+    return _processor_class(cls)(original, layers, order, gate, assume_full_masks=assume_full_masks, is_self=is_self)
 
 
 @functools.cache

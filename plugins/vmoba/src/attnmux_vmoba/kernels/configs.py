@@ -1,4 +1,4 @@
-"""Tuning tables, as data. Not measured yet: chosen by what the compiler says of registers."""
+"""Tuning tables, as data. Measured on one H100 80GB HBM3 (torch 2.11, triton 3.6) where a row says so."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ class SelectConfig:
 
 
 def select_config(cols: int) -> SelectConfig:
-    """The table row for a number of chunks, rounded up to a power of two, 16 to 512."""
+    """The table row for a number of chunks, rounded up to a power of two, 16 to 512; chosen by registers, not measured."""
     # four warps of 16 rows each: a row's best is then found within a warp, without shared memory
     if cols <= 128:
         return SelectConfig(64, 64, 4)
@@ -48,5 +48,8 @@ class AttendConfigs:
 def attend_configs(head_dim_padded: int) -> AttendConfigs:
     """The table row for a head size, rounded up to a power of two."""
     if head_dim_padded > 128:
+        # not measured
         return AttendConfigs(AttendConfig(64, 32, 4, 2), AttendConfig(32, 32, 4, 2), AttendConfig(32, 32, 4, 2))
+    # H100, D=128, 30,720 tokens, 12 heads, chunks of 384, top-k 8: forward 2.2 ms (128 keys and 8 warps 2.4, 64 keys and 8 warps
+    # 2.5, a stage more the same), dkdv 3.4 ms, dq 2.3 ms (128 rows and 8 warps 2.7).
     return AttendConfigs(AttendConfig(128, 64, 4, 2), AttendConfig(64, 64, 4, 2), AttendConfig(64, 64, 4, 2))

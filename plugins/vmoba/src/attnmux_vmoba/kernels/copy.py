@@ -1,4 +1,4 @@
-"""Rows on their way to the block-sparse operator and back.
+"""Rows on their way to the attention of tiles and back.
 
 layout   raster keys or queries in chunk order, every chunk padded to whole blocks with zeros; and back
 gather   queries, and for the backward pass their gradients and statistics, to the rows of their pairs

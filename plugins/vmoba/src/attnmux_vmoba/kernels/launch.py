@@ -1,10 +1,11 @@
-"""Attention over chosen chunks on the block-sparse operator. Imported with triton, on first use.
+"""Attention over chosen chunks, slice by slice. Imported with triton, on first use.
 
-Where every query keeps the same number of chunks, its pairs are gathered by chunk (`sort`), so that a tile of 128 rows attends
-to the whole blocks of one chunk and nothing is computed in vain. Partial outputs are merged by their log-sum-exps; the backward
-pass takes the merged output and log-sum-exp, with which the gradients of every part are exact, and sums dQ over the parts.
+Pairs of query and chunk are sorted by chunk (`sort`), so that a tile of 128 rows attends to one chunk and nothing is computed in
+vain. Large chunks: queries are gathered to the rows of their pairs, and the block-sparse operator attends (`_gathered_*`). Small
+ones: kernels of this plugin read rows by index (`_indexed_*`). Partial outputs are merged by their log-sum-exps; the backward pass
+takes the merged output and log-sum-exp, with which the gradients of every part are exact, and sums dQ over the parts.
 
-Heads are taken in slices, so that what is gathered stays small next to q, k, v and the output.
+Heads are taken in slices, so that what is gathered, or partial, stays small next to q, k, v and the output.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from attnmux_vmoba.kernels.configs import attend_configs
 FORWARD_SHARE = 0.33
 BACKWARD_SHARE = 0.57
 
-# From this many tokens a chunk on, the operator on gathered rows is faster than reading by index.
+# From this many tokens a chunk on the operator runs on gathered rows; reading by index spares the host the launches of copies.
+# H100, forward, 12 heads, operator / by index: chunks of 1,920 3.2 / 3.5 ms; of 384 9.2 / 3.2 ms (in a CUDA graph 3.0 / 3.2).
 OPERATOR_CHUNK_TOKENS = 1024
 
 # Where queries keep different numbers of chunks there is room for a quarter of all pairs, and for this many a query at least.
