@@ -123,10 +123,11 @@ def test_one_plugin_is_found_and_passes_its_tests(with_vsa):
 def with_blocksparse(with_vsa):
     with_vsa.install("attnmux-blocksparse")
     with_vsa.install("attnmux-sla")
+    with_vsa.install("attnmux-sage")
     return with_vsa
 
 
-@pytest.mark.parametrize("name", ["BLOCK_SPARSE_ATTN", "SLA_ATTN", "VIDEO_SPARSE_ATTN"])
+@pytest.mark.parametrize("name", ["BLOCK_SPARSE_ATTN", "SAGE_ATTN", "SAGE_SLA_ATTN", "SLA_ATTN", "VIDEO_SPARSE_ATTN"])
 def test_installed_plugins_pass_the_conformance_suite(with_blocksparse, name):
     assert with_blocksparse.backends()[name]["status"] == "available"
     with_blocksparse.attnmux("check", name, "--device", "cpu")

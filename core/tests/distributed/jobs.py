@@ -361,6 +361,19 @@ def sparse_linear(sp):
     assert_close_to_oracle(total, wanted.double(), wanted, kind="gradient", what="gradient of proj_l")
 
 
+def quantised(sp, backend):
+    """Sage: every head has its own scales, so that the output has the same bits on any number of ranks."""
+    video, _, _, _ = case(sp.size, 200, 1, 4, 4, 0, dim=16)
+    video = [x.float() for x in video]
+    plan = SeqPlan.balanced(200, sp.size)
+    first, last = plan.range_of(sp.rank)
+    options = {"backend": backend, "dtype": torch.float32}
+    with torch.no_grad():
+        want = LocalAttention(4, 16, **options)(*video)
+        got, _ = DistributedAttention(4, 16, sp_group=sp, **options)(*shards(video, plan, sp.rank), plan=plan)
+    assert torch.equal(got, want[:, first:last])
+
+
 def mixture_of_blocks(sp, scope):
     """VMoBA: the output has the same bits where every head chooses for itself; else it is refused."""
     from attnmux_vmoba.backend import VMOBAAttentionMetadataBuilder

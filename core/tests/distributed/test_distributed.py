@@ -109,6 +109,13 @@ def test_sparse_linear_attention_and_its_projection_match(pools, size):
     pools(size).run("sparse_linear")
 
 
+@pytest.mark.parametrize("backend", ["SAGE_ATTN", "SAGE_SLA_ATTN"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_quantised_attention_gives_the_same_bits_on_any_number_of_ranks(pools, size, backend):
+    pytest.importorskip("attnmux_sage")
+    pools(size).run("quantised", backend)
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_mixture_of_blocks_matches_where_heads_choose_alone_and_is_refused_where_not(pools, size):
     pytest.importorskip("attnmux_vmoba")

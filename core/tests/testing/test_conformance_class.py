@@ -193,6 +193,25 @@ class TestDeclarations:
         assert failed == {f"cpu-float64-{length}]" for length in (1, 63, 65, 127)}
 
 
+class TestRounding:
+    class MovesOneValue(FakeImpl):
+        def forward(self, query, key, value, attn_metadata=None, *, attn_mask=None, return_lse=False):
+            out = super().forward(query, key, value, attn_metadata, attn_mask=attn_mask)
+            out[0, 0, 0, 0] += 0.01
+            return out
+
+    @pytest.mark.parametrize(
+        ("step", "failed"), [(0.0, {"test_odd_lengths"}), (0.011, set()), (0.009, {"test_odd_lengths"})]
+    )
+    def test_a_value_may_be_off_by_the_step_that_the_backend_declares(self, step, failed):
+        report = check(
+            "test_odd_lengths and 65",
+            backend=make_backend(NAME, self.MovesOneValue),
+            rounding_step=lambda self, case: step,
+        )
+        assert report.failed_tests == failed
+
+
 @pytest.fixture
 def on_disk(tmp_path, monkeypatch):
     """Return a function that runs a check on a backend whose modules are files."""

@@ -182,3 +182,30 @@ def test_alpha_learns_from_both_branches():
     mix = AlphaMix(16).double()
     sparse_linear_attention(q, k, v, combine=mix, linear_keys="complement").square().sum().backward()
     assert all(x.grad.abs().sum() > 0 for x in mix.parameters())
+
+
+@pytest.mark.parametrize("linear_keys", ["all", "complement"])
+def test_another_sparse_branch_takes_the_place_of_the_operator(linear_keys):
+    q, k, v, _, _ = tensors(head_size=16)
+    calls = []
+
+    def doubled(q, k, v, index, scale):
+        calls.append(scale)
+        return 2 * block_sparse_attention(q, k, v, index, softmax_scale=scale)
+
+    options = {"topk_ratio": 0.35, "linear_keys": linear_keys, "softmax_scale": 0.3}
+    once, twice = (sparse_linear_attention(q, k, v, sparse_attention=x, **options) for x in (None, doubled))
+    sparse = block_sparse_attention(q, k, v, select_blocks(q, k, topk_ratio=0.35), softmax_scale=0.3)
+    torch.testing.assert_close(twice, once + sparse)
+    assert calls == [0.3]
+
+
+def test_gradients_pass_through_another_sparse_branch():
+    q, k, v, _, _ = tensors(head_size=16)
+    grads = []
+    for branch in (None, lambda q, k, v, index, scale: block_sparse_attention(q, k, v, index, softmax_scale=scale)):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = sparse_linear_attention(*leaves, topk_ratio=0.35, sparse_attention=branch)
+        grads.append(torch.autograd.grad(out.square().sum(), leaves))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from attnmux.backend import (
 )
 from attnmux.errors import UnsupportedRequestError
 from attnmux_sla.kernels import ENGINES, HALF_TYPES
-from attnmux_sla.ops import sparse_linear_attention
+from attnmux_sla.ops import SparseAttention, sparse_linear_attention
 from attnmux_sla.prepare import FEATURE_MAPS, LINEAR_KEYS, TopkRule, check_topk_ratio
 from attnmux_sla.sla2 import AlphaMix, LearnedRouter
 
@@ -130,6 +130,8 @@ class SLAAttentionImpl(AttentionImpl[SLAAttentionMetadata], nn.Module):
         UnsupportedRequestError: `causal` is set, or an argument is unknown or out of its range.
     """
 
+    backend_name: ClassVar[str] = "SLA_ATTN"
+
     def __init__(
         self,
         num_heads: int,
@@ -158,12 +160,12 @@ class SLAAttentionImpl(AttentionImpl[SLAAttentionMetadata], nn.Module):
         )
         if causal:
             raise UnsupportedRequestError(
-                "SLA_ATTN cannot run causal=True: every token of a kept block is attended, and the linear branch sums over "
-                "all keys; use TORCH_SDPA or FLASH_ATTN for a causal layer"
+                f"{self.backend_name} cannot run causal=True: every token of a kept block is attended, and the linear "
+                "branch sums over all keys; use TORCH_SDPA or FLASH_ATTN for a causal layer"
             )
         if head_size % 16 or not 16 <= head_size <= 256:
             raise UnsupportedRequestError(
-                f"SLA_ATTN takes head sizes 16 to 256 in steps of 16, got head_size={head_size}; pad the head"
+                f"{self.backend_name} takes head sizes 16 to 256 in steps of 16, got head_size={head_size}; pad the head"
             )
         for name, value, known in (
             ("feature_map", feature_map, FEATURE_MAPS),
@@ -174,7 +176,7 @@ class SLAAttentionImpl(AttentionImpl[SLAAttentionMetadata], nn.Module):
         ):
             if value not in known:
                 raise UnsupportedRequestError(
-                    f"{name}={value!r} is not known to SLA_ATTN; expected one of {', '.join(map(str, known))}"
+                    f"{name}={value!r} is not known to {self.backend_name}; expected one of {', '.join(map(str, known))}"
                 )
         if not 0 <= negligible_ratio <= 1:
             raise UnsupportedRequestError(f"negligible_ratio must be in [0, 1], got {negligible_ratio!r}")
@@ -218,7 +220,7 @@ class SLAAttentionImpl(AttentionImpl[SLAAttentionMetadata], nn.Module):
         if attn_metadata is not None:
             if not isinstance(attn_metadata, SLAAttentionMetadata):
                 raise UnsupportedRequestError(
-                    f"SLA_ATTN needs SLAAttentionMetadata or None, got {type(attn_metadata).__name__}"
+                    f"{self.backend_name} needs SLAAttentionMetadata or None, got {type(attn_metadata).__name__}"
                 )
             topk_ratio, protected_tokens = self._topk_ratio(attn_metadata), attn_metadata.protected_tokens
         if query.dtype not in _DTYPES:
@@ -246,9 +248,14 @@ class SLAAttentionImpl(AttentionImpl[SLAAttentionMetadata], nn.Module):
             protected_tokens=protected_tokens,
             router=self.router,
             combine=self.combine,
+            sparse_attention=self._sparse_attention(),
             engine=self.engine,
         )
         return out.to(dtype)
+
+    def _sparse_attention(self) -> SparseAttention | None:
+        """What computes the sparse branch, for `sparse_linear_attention`; a subclass may have its own."""
+        return None
 
     def _topk_ratio(self, metadata: SLAAttentionMetadata) -> float:
         for rule in metadata.rules:

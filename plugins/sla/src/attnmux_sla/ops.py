@@ -33,6 +33,9 @@ Router = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor
 Combination = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Sparse branch, linear branch and q, each `[B, S_q, H, D]` and the branches in float32 or float64, to the output."""
 
+SparseAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, BlockIndex, float], torch.Tensor]
+"""q, k, v, the chosen blocks and the factor on the scores to the sparse branch, `[B, S_q, H, D]` in the dtype of q."""
+
 _BLOCK_SIZES = (64, 128, 256)
 
 
@@ -53,6 +56,7 @@ def sparse_linear_attention(
     protected_tokens: int = 0,
     router: Router | None = None,
     combine: Combination | None = None,
+    sparse_attention: SparseAttention | None = None,
     engine: str | None = None,
 ) -> torch.Tensor:
     """Attend to the key blocks that score best, and to the other keys by linear attention.
@@ -77,6 +81,7 @@ def sparse_linear_attention(
         protected_tokens: The blocks of the first tokens of k that are always kept, a text prompt's, say; they count as kept.
         router: What is scored in place of the pooled q and k; None = these themselves.
         combine: How the branches are joined; None = their sum, the linear one projected. Excludes the projection.
+        sparse_attention: What computes the sparse branch; None = block-sparse attention, in whose place a quantised one, say.
         engine: "reference" or "triton" (sm80 on) for everything but the sparse branch, whose own engine is the reference
             in the first case and the fastest one otherwise. None takes the fastest. A named engine runs or raises.
 
@@ -101,7 +106,11 @@ def sparse_linear_attention(
     _check(q, k, v, block_q, block_k, engine)
     _check_options(q, k, proj_weight, proj_bias, feature_map, linear_keys, negligible_ratio, protected_tokens, combine)
     scale = resolve_scale(softmax_scale, q.shape[3])
-    is_fused = combine is None and linear_keys == "all"
+    needs_grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, proj_weight, proj_bias)
+    )
+    # with another sparse branch the fused linear branch is for inference: its gradients come with those of the branch it knows
+    is_fused = combine is None and linear_keys == "all" and (sparse_attention is None or not needs_grad)
     chosen, sparse_engine = engine or "", "reference" if engine == "reference" else ""
     with torch.autocast(q.device.type, enabled=False):
         with torch.no_grad():
@@ -117,19 +126,27 @@ def sparse_linear_attention(
             order = order_of_scale(scale)
             blocks = select_top_blocks(pooled_q, pooled_k, kept, protected=protected, order=order)
         index = _index(blocks, k.shape[1], block_q, block_k)
-        if is_fused:
-            needs_grad = torch.is_grad_enabled() and any(
-                x is not None and x.requires_grad for x in (q, k, v, proj_weight, proj_bias)
+        out: torch.Tensor
+        if is_fused and sparse_attention is not None:
+            sparse = sparse_attention(q, k, v, index, scale)
+            out = torch.ops.attnmux_sla.add_linear_branch(
+                q, sparse, state, mass, proj_weight, proj_bias, feature_map, chosen
             )
+            return out
+        if is_fused:
             lists = index.transpose() if needs_grad and q.device.type != "cpu" else (None, None, None)
-            out: torch.Tensor = torch.ops.attnmux_sla.attend(
+            out = torch.ops.attnmux_sla.attend(
                 q, k, v, proj_weight, proj_bias, state, mass, index.blocks, index.counts, *lists,
                 block_q, block_k, scale, feature_map, chosen, sparse_engine,
             )[0]  # fmt: skip
             return out
         visible = _visible_blocks(blocks, pooled_q, pooled_k, linear_keys, negligible_ratio, order, chosen)
-        sparse = block_sparse_attention(q, k, v, index, softmax_scale=scale, engine=sparse_engine or None)
-        assert isinstance(sparse, torch.Tensor)
+        if sparse_attention is not None:
+            sparse = sparse_attention(q, k, v, index, scale)
+        else:
+            attended = block_sparse_attention(q, k, v, index, softmax_scale=scale, engine=sparse_engine or None)
+            assert isinstance(attended, torch.Tensor)
+            sparse = attended
         linear = reference.linear_attention(
             q, k, v, feature_map=feature_map, visible=visible, block_q=block_q, block_k=block_k
         )
@@ -361,6 +378,26 @@ def _(
         k.new_empty(B, H, D, D, dtype=dtype),
         k.new_empty(B, H, D, dtype=dtype),
     )
+
+
+@torch.library.custom_op("attnmux_sla::add_linear_branch", mutates_args=())
+def _add_linear_branch_op(
+    q: torch.Tensor,
+    sparse: torch.Tensor,
+    state: torch.Tensor,
+    mass: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    feature_map: str,
+    engine: str,
+) -> torch.Tensor:
+    out: torch.Tensor = _engine(engine, q, q).add_linear_branch(q, sparse, state, mass, weight, bias, feature_map)
+    return out
+
+
+@_add_linear_branch_op.register_fake
+def _(q: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 @torch.library.custom_op("attnmux_sla::attend", mutates_args=())

@@ -56,7 +56,7 @@ class BackendConformance(
         num_heads: Query heads in the tests, a multiple of 4.
 
     Hooks, each described where it is defined: `make_metadata`, `extra_inputs`, `supported_lengths`, `oracle` and
-    `dense_limit` (both required unless the backend is exact), `oracle_lse`, `custom_ops`.
+    `dense_limit` (both required unless the backend is exact), `oracle_lse`, `rounding_step`, `custom_ops`.
 
     Raises:
         TypeError: At class creation: a test of the suite is overridden, or `deviations` names no test or gives no reason.
