@@ -16,7 +16,14 @@ import timeit
 
 import torch
 
-from attnmux import AttentionBackendEnum, AttentionRequest, LocalAttention, get_attn_backend, select_backend
+from attnmux import (
+    AttentionBackendEnum,
+    AttentionRequest,
+    DistributedAttention,
+    LocalAttention,
+    get_attn_backend,
+    select_backend,
+)
 from attnmux.bench import describe_environment
 
 
@@ -40,16 +47,17 @@ def main():
     arguments = parser.parse_args()
     request = AttentionRequest(head_size=64, dtype="bfloat16", device="cpu")
     allowed = [AttentionBackendEnum.TORCH_SDPA, AttentionBackendEnum.FLASH_ATTN]
-    layer = LocalAttention(4, 16, backend="TORCH_SDPA")
+    layer, alone = (kind(4, 16, backend="TORCH_SDPA") for kind in (LocalAttention, DistributedAttention))
     q, k, v = torch.randn(3, 1, 1, 4, 16)
 
     def trivial(query, key, value, metadata):
         return query
 
     # an impl that does nothing: next to a real one the layer's share would drown in the noise
-    layer.attn_impl.forward = trivial
+    layer.attn_impl.forward = alone.attn_impl.forward = trivial
     with torch.no_grad():
         whole = microseconds(lambda: layer(q, k, v))
+        one_rank = microseconds(lambda: alone(q, k, v))
         bare = microseconds(lambda: trivial(q, k, v, None))
     rows = {
         "select_backend, cached (us)": microseconds(lambda: select_backend(request)),
@@ -58,6 +66,7 @@ def main():
             lambda: get_attn_backend(64, torch.bfloat16, allowed)
         ),
         "LocalAttention around its impl, one call (us)": whole - bare,
+        "DistributedAttention around its impl at one rank, one call (us)": one_rank - bare,
         "import attnmux (s, interpreter subtracted)": seconds("-c", "import attnmux") - seconds("-c", "pass"),
         "attnmux list (s, whole process)": seconds("-m", "attnmux", "list"),
     }
@@ -72,7 +81,7 @@ def main():
     with open(arguments.output, "w") as file:
         json.dump({**about, "rows": rows}, file, indent=1)
     for name, value in rows.items():
-        sys.stdout.write(f"{name:55s} {value:8.3f}\n")
+        sys.stdout.write(f"{name:64s} {value:8.3f}\n")
 
 
 if __name__ == "__main__":

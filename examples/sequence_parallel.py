@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=7, help="tokens that every rank holds")
     parser.add_argument("--heads", type=int, default=5, help="need not be a multiple of the ranks")
     parser.add_argument("--head-size", type=int, default=64)
+    parser.add_argument("--strategy", choices=["ulysses", "ring", "allgather_kv"], default="ulysses")
     arguments = parser.parse_args()
 
     sp = init_sequence_parallel(backend="nccl" if arguments.device == "cuda" else "gloo")
@@ -41,7 +42,9 @@ def main() -> None:
     weight = make(arguments.tokens)
 
     # the model: the default group is the one of init_sequence_parallel
-    attention = DistributedAttention(arguments.heads, arguments.head_size, backend="TORCH_SDPA")
+    attention = DistributedAttention(
+        arguments.heads, arguments.head_size, backend="TORCH_SDPA", strategy=arguments.strategy
+    )
     plan = SeqPlan.balanced(arguments.tokens, sp.size)
     first, last = plan.range_of(sp.rank)
     shard = [x[:, first:last].clone().requires_grad_() for x in video]
@@ -74,7 +77,6 @@ def main() -> None:
         print(f"rank 0 sent {traffic.bytes_sent} bytes in {traffic.collectives} collectives, forward and backward")
         for name, error in zip(names, largest.tolist(), strict=True):
             print(f"{name}: at most {error:.1e} from float64 in one process")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -41,10 +41,12 @@ def test_page_shows_what_the_record_of_the_example_says():
     assert f"{record['tokens']:,} tokens, {record['layers']} layers of {record['heads']} heads" in page
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_sequence_parallel_agrees_with_one_process(ranks):
+@pytest.mark.parametrize(
+    ("ranks", "strategy", "collectives"), [(1, "ulysses", 0), (2, "ulysses", 4), (2, "ring", 3)], ids=str
+)
+def test_sequence_parallel_agrees_with_one_process(ranks, strategy, collectives):
     # 5 heads and 51 tokens are 3 and 2 heads, 26 and 25 tokens
-    small = ("--tokens", 51, "--text", 3, "--head-size", 16)
+    small = ("--tokens", 51, "--text", 3, "--head-size", 16, "--strategy", strategy)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
     done = subprocess.run(
         [sys.executable, *launcher, ROOT / "examples" / "sequence_parallel.py", *map(str, small)],
@@ -52,5 +54,5 @@ def test_sequence_parallel_agrees_with_one_process(ranks):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"{ranks} ranks, gloo: 51 tokens" in done.stdout
-    assert f"in {4 if ranks == 2 else 0} collectives, forward and backward" in done.stdout
+    assert f"in {collectives} collectives, forward and backward" in done.stdout
     assert done.stdout.count("from float64 in one process") == 4

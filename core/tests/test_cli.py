@@ -242,6 +242,17 @@ def test_explain_options_reach_the_request(run_json):
     assert (request["mask"], request["role"]) == ("bool", "text")
 
 
+def test_explain_says_which_strategies_a_backend_takes(capsys):
+    several = ["explain", "--device", "cpu", "--dtype", "float32", "--sp-size", "4", "--sp-strategy"]
+    assert main([*several, "ring"]) == 0
+    text = capsys.readouterr().out
+    assert "sp_size=4, sp_strategy=ring" in " ".join(text.split()) and "TORCH_SDPA" in text
+    assert main([*several, "magic"]) == 1
+    assert "sp_strategy='magic' is unknown; expected one of ulysses, ring, usp, allgather_kv" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
 def test_explain_prints_a_table(capsys):
     assert main(["explain", "--device", "cpu", "--dtype", "float32"]) == 0
     printed = capsys.readouterr().out

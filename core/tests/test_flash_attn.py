@@ -22,6 +22,8 @@ from attnmux.backends.flash_attn import (
     FlashAttentionMetadata,
     FlashAttentionMetadataBuilder,
 )
+from attnmux.distributed.merge import merge_part
+from attnmux.testing import assert_close_to_oracle, dense_attention_baseline, dense_attention_oracle
 
 SPEC = plugin.FLASH_ATTN
 
@@ -39,17 +41,18 @@ def attention(q, k, v, scale, causal):
     return out, lse.masked_fill(torch.isneginf(lse), float("inf")).float()
 
 
-def attention_gradients(q, k, v, grad, scale, causal):
-    """Written out: inside a custom operator autograd does not run."""
+def attention_gradients(q, k, v, grad, scale, causal, out, lse):
+    """As a flash backward computes them, from output and LSE: inside a custom operator autograd does not run."""
     groups = q.shape[2] // k.shape[2]
     wide_k, wide_v = (x.repeat_interleave(groups, dim=2).double() for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), wide_k) * scale
     if causal:
         visible = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
         scores = scores.masked_fill(~visible, float("-inf"))
-    weights = scores.softmax(-1).nan_to_num(0.0)
+    weights = torch.exp(scores - lse.double()[..., None])
     grad_weights = torch.einsum("bqhd,bkhd->bhqk", grad.double(), wide_v)
-    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
+    delta = (grad.double() * out.double()).sum(-1).transpose(1, 2)
+    grad_scores = weights * (grad_weights - delta[..., None]) * scale
     grad_q = torch.einsum("bhqk,bkhd->bqhd", grad_scores, wide_k)
     grad_k = torch.einsum("bhqk,bqhd->bkhd", grad_scores, q.double()).unflatten(2, (-1, groups)).sum(3)
     grad_v = torch.einsum("bhqk,bqhd->bkhd", weights, grad.double()).unflatten(2, (-1, groups)).sum(3)
@@ -112,7 +115,7 @@ def libraries(monkeypatch):
         calls.append(("backward 4", scale, causal, deterministic))
         if cu_seqlens_q is not None:
             raise NotImplementedError("the stand-in has no packed backward")
-        return attention_gradients(q, k, v, dout, scale, causal)
+        return attention_gradients(q, k, v, dout, scale, causal, out, lse)
 
     def place(*versions, arch=90):
         for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface", "flash_attn_interface"):
@@ -258,6 +261,33 @@ def test_gradients_of_version_4(libraries):
     expected = torch.autograd.grad(attention(q, k, v, 0.25, True)[0], (q, k, v), torch.ones_like(out))
     for got, want in zip(grads, expected, strict=True):
         assert torch.allclose(got.float(), want.float(), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+@pytest.mark.parametrize(("scale", "kv_heads"), [(0.3, 4), (-0.7, 2), (0.0, 4)])
+def test_gradients_of_parts_add_up_to_those_of_the_whole(libraries, version, scale, kv_heads):
+    libraries(version)
+    q, k, v = qkv(length_k=9, kv_heads=kv_heads)
+    impl = FlashAttentionImpl(4, 16, scale, num_kv_heads=kv_heads)
+    parts = list(zip(k.split([1, 5, 3], 1), v.split([1, 5, 3], 1), strict=True))
+    merged = None
+    for key, value in parts:
+        merged = merge_part(merged, *impl.attend_part(q, key, value, None))
+    out, lse = merged[0].half(), merged[1]
+    grad = torch.randn_like(out)
+    found = [impl.part_gradients(grad, q, key, value, out, lse, None) for key, value in parts]
+
+    def whole(dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        run = dense_attention_oracle if dtype == torch.float64 else dense_attention_baseline
+        output = run(*leaves, softmax_scale=scale)
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad.to(dtype))]
+
+    exact, plain = whole(torch.float64), whole(torch.float16)
+    assert_close_to_oracle(out, exact[0], plain[0])
+    sums = [sum(part[0].float() for part in found), *(torch.cat([part[i] for part in found], 1) for i in (1, 2))]
+    for name, total, want, baseline in zip("qkv", sums, exact[1:], plain[1:], strict=True):
+        assert_close_to_oracle(total.half(), want, baseline, kind="gradient", what=f"gradient of {name}")
 
 
 def test_operators_of_version_4_pass_opcheck(libraries):

@@ -238,6 +238,70 @@ class AttentionImpl(ABC, Generic[T]):
             `[B, S_q, H, D]` in the dtype of `query`.
         """
 
+    def attend_part(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_metadata: T | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return attention over some of the keys, to be merged with that over the others.
+
+        What a backend that declares the strategy "ring" or "usp" has to have. `forward` with `return_lse=True` does, except
+        that its log-sum-exp is float32 for float64 inputs too: a backend can override this to give it in float64.
+
+        Args:
+            query: `[B, S_q, H, D]`, S_q >= 1; likewise below, D contiguous and otherwise any strides.
+            key: `[B, S_k, H_kv, D]`, S_k >= 1.
+            value: `[B, S_k, H_kv, D]`.
+            attn_metadata: Metadata of this forward pass, or None.
+
+        Returns:
+            `[B, S_q, H, D]` and the log-sum-exp `[B, H, S_q]`, without gradients.
+        """
+        output, lse = self.forward(query, key, value, attn_metadata, return_lse=True)  # type: ignore[call-arg]
+        return output, lse
+
+    def part_gradients(
+        self,
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+        attn_metadata: T | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what some of the keys contribute to the gradients of attention over all of them.
+
+        The softmax weights of the part are `exp(score - lse)`, and its score gradients `weight * (grad . value - grad .
+        output)`: with output and log-sum-exp over all keys, a flash backward computes just that, and a backend that can call
+        its own overrides this. The method here needs only `attend_part` and the gradients of `forward`, for which it runs each
+        twice: with the part's own output `o` and `c = weight of the part * grad . (o - output)`, what is missing are `scale *
+        c` times the attention of q to k in place of v, and the gradient of that for q.
+
+        Args:
+            grad: `[B, S_q, H, D]`, of the output over all keys; any strides.
+            query: `[B, S_q, H, D]`.
+            key: `[B, S_k, H_kv, D]`, the part's.
+            value: `[B, S_k, H_kv, D]`.
+            output: `[B, S_q, H, D]`, over all keys.
+            lse: `[B, H, S_q]`, over all keys; float32, or float64 for float64 inputs.
+            attn_metadata: Metadata of the forward pass, or None.
+
+        Returns:
+            Gradients of query, key and value, in their dtypes or in float32.
+        """
+        import torch
+
+        with torch.enable_grad():
+            q, k, v, keys = (x.detach().requires_grad_() for x in (query, key, value, key))
+            part, part_lse = self.attend_part(q, k, v, attn_metadata)
+            mean_key = self.forward(query.detach(), key.detach(), keys, attn_metadata)
+        # a query that sees no key at all has no weight here either
+        weight = torch.exp(part_lse - lse.masked_fill(lse == float("-inf"), float("inf"))).transpose(1, 2)[..., None]
+        upstream = grad * weight
+        missing = self.softmax_scale * (upstream * (part.detach() - output)).sum(-1, keepdim=True)
+        of_q, of_k, of_v = torch.autograd.grad(part, (q, k, v), upstream.to(part.dtype))
+        (of_keys,) = torch.autograd.grad(mean_key, (keys,), (missing * query).to(mean_key.dtype))
+        return of_q + missing * mean_key.detach(), of_k + of_keys, of_v
+
 
 # bounds that `LayerPlace` tabulates; beyond, a compiled model has a graph for every layer
 _MOST_LAYERS = 256

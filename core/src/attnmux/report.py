@@ -78,7 +78,7 @@ class SelectionReport:
         asked = ", ".join(
             f"{name}={value}"
             for name, value in self.request.to_dict().items()
-            if value not in (None, False) and not (name == "sp_size" and value == 1)
+            if value not in (None, False) and (self.request.sp_size > 1 or name not in ("sp_size", "sp_strategy"))
         )
         chosen = self.selected
         origin = "automatic choice" if self.source == "automatic" else f"named by the {self.source}"

@@ -33,7 +33,8 @@ def apply_rotary(x: torch.Tensor, freqs_cis: tuple[torch.Tensor, torch.Tensor]) 
         raise UnsupportedRequestError(f"rotary embedding turns channel pairs: head_size={dim} is odd")
     half = (length, dim // 2)
     for name, table in (("cos", cos), ("sin", sin)):
-        if tuple(table.shape) not in (half, (length, dim)):
+        # element by element: a compiler does not compare tuples of variable sizes
+        if table.dim() != 2 or table.shape[0] != length or (table.shape[1] != half[1] and table.shape[1] != dim):
             raise UnsupportedRequestError(
                 f"freqs_cis {name} must be {list(half)} or {[length, dim]} for x {list(x.shape)}, got {list(table.shape)}"
             )

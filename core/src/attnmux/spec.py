@@ -25,6 +25,7 @@ __all__ = [
     "DTYPES",
     "MASK_KINDS",
     "PLUGIN_API",
+    "SP_STRATEGIES",
     "SUPPORTED_APIS",
     "AttentionBackendEnum",
     "AttentionRequest",
@@ -50,6 +51,9 @@ _SHORT_DTYPES = {
 MASK_KINDS = ("bool", "additive", "key_padding")
 """Forms of `attn_mask`: bool (True = attend) or additive float, broadcastable to `[B, H, S_q, S_k]`; key padding is the
 bool form `[B, 1, 1, S_k]`."""
+
+SP_STRATEGIES = ("ulysses", "ring", "usp", "allgather_kv")
+"""Ways in which ranks share a sequence."""
 
 Exactness = Literal["exact", "sparse", "linear", "quantized"]
 CompileSupport = Literal["fullgraph", "breaks"]
@@ -145,6 +149,7 @@ class AttentionRequest:
         cross_attention: Whether the lengths of q and k differ.
         mask: Form of the mask that will be passed, one of `MASK_KINDS`, or None.
         sp_size: Ranks over which one sequence is split, >= 1.
+        sp_strategy: How they share it, one of `SP_STRATEGIES`; read only where `sp_size` > 1.
         compile: Whether the layer is to trace under `torch.compile(fullgraph=True)`.
         role: Free label of the layer ("self", "cross", ...), for hooks; the core does not read it.
         softmax_scale: Factor on the scores, or None for `head_size ** -0.5`.
@@ -167,6 +172,7 @@ class AttentionRequest:
     compile: bool = False
     role: str | None = None
     softmax_scale: float | None = None
+    sp_strategy: str = "ulysses"
 
     def __post_init__(self) -> None:
         dtype = _plain(self.dtype)
@@ -188,6 +194,10 @@ class AttentionRequest:
         if self.mask is not None and self.mask not in MASK_KINDS:
             raise UnsupportedRequestError(
                 f"mask={self.mask!r} is not a mask form; expected one of {MASK_KINDS} or None"
+            )
+        if self.sp_strategy not in SP_STRATEGIES:
+            raise UnsupportedRequestError(
+                f"sp_strategy={self.sp_strategy!r} is unknown; expected one of {', '.join(SP_STRATEGIES)}"
             )
 
     @property
@@ -252,7 +262,9 @@ class Capabilities:
             never chosen automatically. None (undeclared) counts as not exact.
         trainable_parameters: The impl is an `nn.Module` with parameters of its own.
         compile: "fullgraph" traces under `torch.compile(fullgraph=True)`, "breaks" traces with graph breaks.
-        sequence_parallel: Strategies over several ranks: some of "ulysses", "ring", "usp", "allgather_kv".
+        sequence_parallel: Strategies over several ranks, some of `SP_STRATEGIES`. "ulysses": right on some of the heads. "ring"
+            and "usp": `returns_lse`, and every part of the keys by itself, in any order, is right. "allgather_kv":
+            `cross_attention`, and right on some of the queries.
         extra_inputs: Keyword-only tensors that `forward` takes, such as "attn_mask" or "gate_compress".
         needs_metadata: `forward` cannot run without metadata.
 
@@ -285,8 +297,13 @@ class Capabilities:
         put(self, "dtypes", _names("dtypes", self.dtypes, DTYPES))
         put(self, "devices", _names("devices", self.devices))
         put(self, "masks", _names("masks", self.masks, MASK_KINDS))
-        strategies = ("ulysses", "ring", "usp", "allgather_kv")
-        put(self, "sequence_parallel", _names("sequence_parallel", self.sequence_parallel, strategies))
+        put(self, "sequence_parallel", _names("sequence_parallel", self.sequence_parallel, SP_STRATEGIES))
+        if self.sequence_parallel & {"ring", "usp"} and not self.returns_lse:
+            raise ValueError(
+                "sequence_parallel: 'ring' and 'usp' merge parts by their log-sum-exp: declare returns_lse"
+            )
+        if "allgather_kv" in self.sequence_parallel and not self.cross_attention:
+            raise ValueError("sequence_parallel: 'allgather_kv' has more keys than queries: declare cross_attention")
         put(self, "extra_inputs", _names("extra_inputs", self.extra_inputs))
         put(self, "cuda_archs", frozenset(_arch(arch) for arch in self.cuda_archs))
         if not isinstance(self.head_sizes, range):
@@ -349,8 +366,13 @@ class Capabilities:
             refuse("mask", f"a mask of form {request.mask!r} (supported: {_listing(self.masks)})")
         if request.compile and self.compile != "fullgraph":
             refuse("compile", f"fullgraph compilation (declared: {self.compile or 'nothing'})")
-        if request.sp_size > 1 and not self.sequence_parallel:
-            refuse("sequence_parallel", f"a sequence split over {request.sp_size} ranks (not supported)")
+        if request.sp_size > 1 and request.sp_strategy not in self.sequence_parallel:
+            why = f"declared: {_listing(self.sequence_parallel)}"
+            if request.sp_strategy in ("ring", "usp") and not self.returns_lse:
+                why += "; it returns no log-sum-exp to merge parts by"
+            refuse(
+                "sequence_parallel", f"a sequence split over {request.sp_size} ranks by {request.sp_strategy!r} ({why})"
+            )
         return reasons
 
 

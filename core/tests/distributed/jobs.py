@@ -18,7 +18,8 @@ from attnmux import (
     init_sequence_parallel,
     use_sp,
 )
-from attnmux.distributed.exchange import count_traffic, describe, to_heads, to_shards
+from attnmux.distributed.collective import count_traffic, describe
+from attnmux.distributed.exchange import to_heads, to_shards
 from attnmux.distributed.plan import HeadPlan
 from attnmux.rotary import apply_rotary
 from attnmux.testing import assert_close_to_oracle
@@ -67,26 +68,58 @@ def whole(layer, video, words, freqs):
     return output[:, :length], output[:, length:]
 
 
-def compare(sp, length, batch, heads, kv_heads, text, rotary, padded, causal=False):
-    video, words, (weight, text_weights), freqs = case(sp.size, length, batch, heads, kv_heads, text)
+_divided = {}
+
+
+def divided(sp):
+    """The ranks as two that go around times two that exchange heads; made once, as torch keeps groups."""
+    if sp not in _divided:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        mesh = init_device_mesh("cpu", (sp.size // 2, 2), mesh_dim_names=("ring", "ulysses"))
+        _divided[sp] = SPGroup.from_mesh(mesh, timeout=sp.timeout)
+    return _divided[sp]
+
+
+def compare(sp, length, batch, heads, kv_heads, text, rotary, padded, causal=False, strategy="ulysses", **options):
+    plan = SeqPlan.padded(length, -(-length // sp.size) + 1, sp.size) if padded else SeqPlan.balanced(length, sp.size)
+    arguments = {"num_kv_heads": kv_heads, "causal": causal, "strategy": strategy, **options}
+    return compare_shards(sp, plan, batch, heads, text, rotary, original_seq_len=padded, **arguments)
+
+
+def any_shards(sp, lengths, rows, heads, kv_heads, text, strategy, causal):
+    plan = SeqPlan(lengths, rows)
+    compare_shards(sp, plan, 2, heads, text, False, num_kv_heads=kv_heads, strategy=strategy, causal=causal)
+
+
+def scaled(sp, scale):
+    for strategy in ("ulysses", "ring", "allgather_kv"):
+        options = {"num_kv_heads": 2, "strategy": strategy, "softmax_scale": scale}
+        compare_shards(sp, SeqPlan.balanced(9, sp.size), 1, 4, 1, False, **options)
+
+
+def compare_shards(sp, plan, batch, heads, text, rotary, *, strategy, num_kv_heads, original_seq_len=False, **options):
+    """Outputs and gradients of q, k, v and text against LocalAttention; returns what was sent."""
+    if strategy == "usp" and sp.size > 1:
+        sp = divided(sp)
+    video, words, (weight, text_weights), freqs = case(sp.size, plan.length, batch, heads, num_kv_heads, text)
     freqs = freqs if rotary else None
-    arguments = {"num_kv_heads": kv_heads, "causal": causal, "backend": "TORCH_SDPA", "dtype": torch.float64}
+    arguments = {"num_kv_heads": num_kv_heads, "backend": "TORCH_SDPA", "dtype": torch.float64, **options}
     leaves = [x.clone().requires_grad_() for x in video]
     word_leaves = [x.clone().requires_grad_() for x in words]
     want, want_text = whole(LocalAttention(heads, DIM, **arguments), leaves, word_leaves, freqs)
     ((want * weight).sum() + sum((want_text * w).sum() for w in text_weights)).backward()
 
-    plan = SeqPlan.padded(length, -(-length // sp.size) + 1, sp.size) if padded else SeqPlan.balanced(length, sp.size)
     first, last = plan.range_of(sp.rank)
     count = last - first
     mine = shards(video, plan, sp.rank, strided=batch == 2)
     my_words = [x.clone().requires_grad_() for x in words]
-    layer = DistributedAttention(heads, DIM, sp_group=sp, **arguments)
-    options = {"original_seq_len": length} if padded else {"plan": plan}
+    layer = DistributedAttention(heads, DIM, sp_group=sp, strategy=strategy, **arguments)
+    inputs = {"original_seq_len": plan.length} if original_seq_len else {"plan": plan}
     if text:
-        options.update(zip(REPLICATED, my_words, strict=True))
+        inputs.update(zip(REPLICATED, my_words, strict=True))
     with count_traffic() as forward:
-        got, got_text = layer(*mine, freqs_cis=freqs, **options)
+        got, got_text = layer(*mine, freqs_cis=freqs, **inputs)
     loss = (got[:, :count] * weight[:, first:last]).sum()
     if text:
         loss = loss + (got_text * text_weights[sp.rank]).sum()
@@ -101,7 +134,7 @@ def compare(sp, length, batch, heads, kv_heads, text, rotary, padded, causal=Fal
     if text:
         near(got_text, want_text, "text")
         for name, x, y in zip("qkv", my_words, word_leaves, strict=True):
-            # each rank has the gradient of its heads
+            # each rank has the gradient of its heads, or of its tokens
             total = x.grad.clone()
             if sp.size > 1:
                 dist.all_reduce(total)
@@ -138,21 +171,40 @@ def operators(sp):
     q, k = (torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     words = [torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     ranges = [bound for first_last in of.q for _ in range(2) for bound in first_last]
-    rest = (list(plan.lengths), sp.rank, settings)
+    rest = (list(plan.lengths), list(plan.rows), sp.rank, settings)
     torch.library.opcheck(torch.ops.attnmux.sp_to_heads.default, ([q, k], words, ranges, *rest))
     first, last = of.q[sp.rank]
     x = torch.randn(2, plan.length + 2, last - first, 4, dtype=torch.float64, requires_grad=True)
     ranges = [bound for first_last in of.q for bound in first_last]
-    torch.library.opcheck(torch.ops.attnmux.sp_to_shards.default, (x, 3, ranges, *rest))
+    torch.library.opcheck(torch.ops.attnmux.sp_to_shards.default, (x, ranges, *rest))
 
 
-def one_rank_bits(sp):
-    video, _, _, freqs = case(1, 7, 2, 4, 2, 0)
+def one_rank(sp, strategy):
+    """The same bits as LocalAttention by the same operations, forward and backward: no copy and no launch more."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    video, _, (weight, _), freqs = case(1, 7, 2, 4, 2, 0)
     arguments = {"num_kv_heads": 2, "backend": "TORCH_SDPA", "dtype": torch.float64}
-    want = LocalAttention(4, DIM, **arguments)(*video, freqs)
-    got, text = DistributedAttention(4, DIM, sp_group=sp, **arguments)(*video, freqs_cis=freqs)
-    assert text is None
-    assert torch.equal(got, want)
+
+    def run(layer, *options):
+        leaves, recorder = [x.clone().requires_grad_() for x in video], Recorder()
+        recorder.names = []
+        with recorder:
+            output = layer(*leaves, *options)
+            output, text = output if isinstance(output, tuple) else (output, None)
+            assert text is None
+            output.backward(weight)
+        return recorder.names, [output, *(x.grad for x in leaves)]
+
+    names, want = run(LocalAttention(4, DIM, **arguments), freqs)
+    own_names, got = run(DistributedAttention(4, DIM, sp_group=sp, strategy=strategy, **arguments), *[None] * 4, freqs)
+    assert own_names == names
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
 def compiled(sp):
@@ -169,22 +221,6 @@ def compiled(sp):
     found = run(torch.compile(layer, fullgraph=True, backend="aot_eager"))
     for i, (a, b) in enumerate(zip(found, run(layer), strict=True)):
         near(a, b, f"result {i}", "gradient")
-
-
-def checkpointed(sp):
-    from torch.utils.checkpoint import checkpoint
-
-    video, _, _, _ = case(sp.size, 8, 1, 4, 4, 0)
-    plan = SeqPlan.balanced(8, sp.size)
-    layer = DistributedAttention(4, DIM, sp_group=sp, backend="TORCH_SDPA", dtype=torch.float64)
-
-    def run(function):
-        mine = shards(video, plan, sp.rank)
-        function(*mine)[0].square().sum().backward()
-        return [x.grad for x in mine]
-
-    for a, b in zip(run(lambda *x: checkpoint(layer, *x, use_reentrant=False)), run(layer), strict=True):
-        assert torch.equal(a, b)
 
 
 class Scaled(torch.nn.Module):
@@ -219,11 +255,11 @@ def parameter(sp):
     near(mean / sp.size, local.attn_impl.weight.grad, "gradient of the parameter", "gradient")
 
 
-def gradient_of_one(sp):
+def gradient_of_one(sp, strategy):
     """Gradients are asked for of k alone, and in inference mode of nothing."""
     video, _, _, _ = case(sp.size, 8, 1, 4, 4, 0)
     plan = SeqPlan.balanced(8, sp.size)
-    layer = DistributedAttention(4, DIM, sp_group=sp, backend="TORCH_SDPA", dtype=torch.float64)
+    layer = DistributedAttention(4, DIM, sp_group=sp, strategy=strategy, backend="TORCH_SDPA", dtype=torch.float64)
     all_three = shards(video, plan, sp.rank)
     want, _ = layer(*all_three)
     want.square().sum().backward()
@@ -264,6 +300,41 @@ def video_sparse(sp, gated):
     for name, x, y in zip(("q", "k", "v", "gate"), mine, leaves, strict=False):
         near(x.grad, y.grad[:, first:last], f"gradient of {name}", "gradient")
     return traffic.collectives, traffic.elements_sent
+
+
+def listed_blocks(sp, shared, text):
+    """BLOCK_SPARSE_ATTN: every rank is given all heads' lists, over the sequence and the text behind it."""
+    from attnmux_blocksparse import BlockIndex
+    from attnmux_blocksparse.backend import BlockSparseAttentionMetadata
+
+    length, heads, kv_heads, dim = 300, 6, 3, 16
+    video, words, (weight, _), _ = case(sp.size, length, 2, heads, kv_heads, text, dim)
+    blocks = -(-(length + text) // 64)
+    mask = torch.rand(1 if shared else heads, blocks, blocks, generator=torch.Generator().manual_seed(3)) < 0.5
+    metadata = BlockSparseAttentionMetadata(0, BlockIndex.from_block_mask(mask, block_q=64, block_k=64))
+    options = {"num_kv_heads": kv_heads, "backend": "BLOCK_SPARSE_ATTN", "dtype": torch.float64}
+    leaves, plan = [x.clone().requires_grad_() for x in video], SeqPlan.balanced(length, sp.size)
+    first, last = plan.range_of(sp.rank)
+    joined = [torch.cat(pair, dim=1) for pair in zip(leaves, words, strict=True)] if text else leaves
+    want = LocalAttention(heads, dim, **options)(*joined, attn_metadata=metadata)
+    (want[:, :length] * weight).sum().backward()
+    mine = shards(video, plan, sp.rank)
+    layer = DistributedAttention(heads, dim, sp_group=sp, **options)
+    got, got_text = layer(*mine, None, *words, plan=plan, attn_metadata=metadata)
+    (got * weight[:, first:last]).sum().backward()
+    near(got, want[:, first:last], "output")
+    if text:
+        near(got_text, want[:, length:], "text")
+    for name, x, y in zip("qkv", mine, leaves, strict=True):
+        near(x.grad, y.grad[:, first:last], f"gradient of {name}", "gradient")
+    few = BlockSparseAttentionMetadata(
+        0, BlockIndex.from_block_mask(mask.new_ones(2, blocks, blocks), block_q=64, block_k=64)
+    )
+    try:
+        layer(*mine, None, *words, plan=plan, attn_metadata=few)
+    except UnsupportedRequestError as error:
+        return str(error)
+    raise AssertionError("lists for two heads of six are taken")
 
 
 def sparse_linear(sp):
@@ -333,18 +404,23 @@ def groups(sp):
     arguments = {"backend": "TORCH_SDPA", "dtype": torch.float64}
     of_slice = DistributedAttention(4, DIM, sp_group=mesh["sp"], **arguments)
     assert (of_slice.sp.size, of_slice.sp.rank) == (2, sp.rank % 2)
+    of_two = DistributedAttention(4, DIM, sp_group=mesh, **arguments)
+    assert (of_two.strategy, of_two.sp.size, of_two.sp.rank) == ("usp", 4, sp.rank)
     try:
-        SPGroup.from_mesh(mesh)
+        SPGroup.from_mesh(init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("a", "b", "c")))
     except UnsupportedRequestError as error:
-        assert "must be a mesh of one dimension, got 2" in str(error)  # noqa: PT017
+        assert "must be a mesh of one dimension, or of two (ring, ulysses), got 3" in str(error)  # noqa: PT017
     else:
-        raise AssertionError("a mesh of two dimensions is taken")
+        raise AssertionError("a mesh of three dimensions is taken")
     try:
         init_sequence_parallel(3)
     except UnsupportedRequestError as error:
         assert "size=3 must divide the world size 4" in str(error)  # noqa: PT017
     else:
         raise AssertionError("a size that does not divide the world is taken")
+    made = init_sequence_parallel(4, ulysses=2, timeout=sp.timeout)
+    assert (made.ulysses.rank, made.ring.rank, made.rank) == (sp.rank % 2, sp.rank // 2, sp.rank)
+    assert DistributedAttention(4, DIM, **arguments).strategy == "usp"
     found = init_sequence_parallel(2, timeout=sp.timeout)
     of_default = DistributedAttention(4, DIM, **arguments)
     assert of_default.sp == found
@@ -382,15 +458,32 @@ def _ones(rows, dtype=torch.float64):
 
 
 def disagree(sp, field):
+    from attnmux import BackendSpec
+    from attnmux.distributed import collective
+    from attnmux.testing import FAKE_CAPABILITIES, FakeBackend, installed
+
     odd = sp.rank == sp.size - 1
     own = _own_group(sp, 5.0)
-    layer = DistributedAttention(
-        4, DIM, sp_group=own, backend="TORCH_SDPA", softmax_scale=0.3 if field == "softmax_scale" and odd else 0.5
-    )
+    fake = BackendSpec("FAKE_ATTN", target="fake:Fake", capabilities=FAKE_CAPABILITIES)
+    with installed(fake, FakeBackend):
+        layer = DistributedAttention(
+            4,
+            DIM,
+            sp_group=own,
+            backend="FAKE_ATTN" if field == "backend" and odd else "TORCH_SDPA",
+            softmax_scale=0.3 if field == "softmax_scale" and odd else 0.5,
+            strategy="ring" if field == "strategy" and odd else "ulysses",
+        )
     x = _ones(5 if field == "rows" and odd else 4, torch.float32 if field == "dtype" and odd else torch.float64)
     text = [_ones(2 if field == "text" and odd else 1, x.dtype)] * 3
-    with count_traffic() as traffic:
-        found = _failure(lambda: layer(x, x, x, None, *text))
+    version = collective._VERSION
+    if field == "version" and odd:
+        collective._VERSION = "0.0.1"
+    try:
+        with count_traffic() as traffic:
+            found = _failure(lambda: layer(x, x, x, None, *text))
+    finally:
+        collective._VERSION = version
     assert traffic.collectives == 0, "data moved before the ranks agreed"
     return found
 
@@ -425,6 +518,22 @@ def missing_in_backward(sp):
     layer = DistributedAttention(4, DIM, sp_group=own, backend="TORCH_SDPA", dtype=torch.float64)
     output, _ = layer(*[_ones(4).requires_grad_() for _ in range(3)])
     return None if sp.rank else _failure(lambda: output.sum().backward())
+
+
+def dies(sp, strategy, backward):
+    """The last rank dies where the others are in a collective already."""
+    own = _own_group(sp, 3.0)
+    options = {"backend": "TORCH_SDPA", "dtype": torch.float64, "strategy": strategy}
+    layer = DistributedAttention(4, DIM, sp_group=own, **options)
+    inputs = [_ones(4).requires_grad_() for _ in range(3)]
+    # the ranks have agreed on this call, so that nothing but the collective notices
+    output, _ = layer(*inputs)
+    output.sum().backward()
+    output = layer(*inputs)[0] if backward else None
+    if sp.rank == sp.size - 1:
+        for name in ("all_to_all_single", "all_gather_single", "all_gather_into_tensor"):
+            setattr(dist, name, lambda *_, **__: os._exit(1))
+    return _failure(output.sum().backward if backward else lambda: layer(*inputs))
 
 
 def hang(sp):

@@ -18,7 +18,7 @@ JOB_TIMEOUT = 40.0
 """Seconds after which a job counts as hung, start of the ranks included."""
 
 
-def _worker(rank, size, store, jobs, results):
+def _worker(rank, size, store, jobs, results, module):
     sys.path.insert(0, str(Path(__file__).parent))
     torch.set_num_threads(1)
     import torch.distributed as dist
@@ -26,14 +26,23 @@ def _worker(rank, size, store, jobs, results):
     from attnmux.distributed import SPGroup
 
     limit = datetime.timedelta(seconds=RANK_TIMEOUT)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=limit)
+    backend, device = "gloo", None
+    if module == "gpu_jobs":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+        # NCCL has one rank per GPU; ranks that share one talk over gloo
+        if size <= torch.cuda.device_count():
+            backend, device = "nccl", torch.device("cuda", rank)
+    dist.init_process_group(
+        backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=limit, device_id=device
+    )
     sp = SPGroup.from_group(dist.group.WORLD, timeout=RANK_TIMEOUT)
     while (job := jobs.get()) is not None:
         function, arguments = job
         # a rank that hangs says where, before the pool gives up on it
         faulthandler.dump_traceback_later(JOB_TIMEOUT - 2)
         try:
-            results.put((rank, getattr(importlib.import_module("jobs"), function)(sp, *arguments), None))
+            home, _, name = function.rpartition(".")
+            results.put((rank, getattr(importlib.import_module(home or module), name)(sp, *arguments), None))
         except BaseException:  # noqa: BLE001 - the test reports it
             results.put((rank, None, traceback.format_exc()))
         faulthandler.cancel_dump_traceback_later()
@@ -41,16 +50,19 @@ def _worker(rank, size, store, jobs, results):
 
 
 class Pool:
-    """`size` processes in one group; once a job has failed the ranks may be out of step, and the pool is closed."""
+    """`size` processes in one group; once a job has failed the ranks may be out of step, and the pool is closed.
 
-    def __init__(self, size, directory):
+    The jobs are functions of `module`: "jobs" on the CPU, "gpu_jobs" on GPUs, which ranks share if there are too few.
+    """
+
+    def __init__(self, size, directory, module="jobs"):
         context = mp.get_context("spawn")
         self.size, self.is_open, self.results = size, True, context.Queue()
         self.jobs = [context.Queue() for _ in range(size)]
         self.processes = [
             context.Process(
                 target=_worker,
-                args=(rank, size, f"{directory}/store", self.jobs[rank], self.results),
+                args=(rank, size, f"{directory}/store", self.jobs[rank], self.results, module),
                 daemon=True,
             )
             for rank in range(size)
@@ -58,16 +70,20 @@ class Pool:
         for process in self.processes:
             process.start()
 
-    def run(self, function, *arguments):
-        """Run `function(sp, *arguments)` of jobs.py on every rank; return the results in rank order."""
+    def run(self, function, *arguments, dies=None):
+        """Run `function(sp, *arguments)` of the module on every rank; return the results in rank order.
+
+        With `dies` that rank is not waited for: it ends its process, and the pool is closed afterwards.
+        """
+        expected = [rank for rank in range(self.size) if rank != dies]
         for jobs in self.jobs:
             jobs.put((function, arguments))
         found, deadline = {}, time.monotonic() + JOB_TIMEOUT
-        while len(found) < self.size:
+        while len(found) < len(expected):
             try:
                 rank, result, error = self.results.get(timeout=max(deadline - time.monotonic(), 0.0))
             except queue.Empty:
-                silent = sorted(set(range(self.size)) - set(found))
+                silent = sorted(set(expected) - set(found))
                 self.close(kill=True)
                 errors = "".join(f"\nrank {rank}:\n{error}" for rank, (_, error) in sorted(found.items()) if error)
                 raise AssertionError(
@@ -78,7 +94,9 @@ class Pool:
         if errors:
             self.close(kill=True)
             raise AssertionError(f"{function}{arguments} on {self.size} ranks:{errors}")
-        return [found[rank][0] for rank in range(self.size)]
+        if dies is not None:
+            self.close(kill=True)
+        return [found[rank][0] for rank in expected]
 
     def close(self, *, kill=False):
         if not self.is_open:

@@ -14,6 +14,7 @@ from attnmux import (
     init_sequence_parallel,
     use_sp,
 )
+from attnmux.backends.flash_attn import FlashAttentionMetadata
 
 TWO = SPGroup("no group of torch's: nothing is exchanged", 0, 2)
 Q = torch.ones(1, 4, 4, 8)
@@ -28,39 +29,110 @@ def refused(text, function, *arguments, **options):
         function(*arguments, **options)
 
 
-@pytest.mark.parametrize("sp", [TWO, SPGroup.local()], ids=["two ranks", "one rank"])
-@pytest.mark.parametrize(
-    ("strategy", "reason"),
-    [
-        ("ring", "no backend's log-sum-exp has a gradient"),
-        ("usp", "ulysses times ring"),
-        ("allgather_kv", "the gather of the keys"),
-    ],
-)
-def test_a_strategy_that_is_not_implemented_is_refused_by_name_with_the_reason(sp, strategy, reason):
-    refused(f"strategy '{strategy}' is not implemented: .*{reason}.*use 'ulysses'", layer, sp, strategy=strategy)
-    with pytest.raises(UnsupportedRequestError, match=f"strategy '{strategy}' is not implemented"):
-        DistributedAttention_VSA(4, 8, sp_group=sp, strategy=strategy)
+FOUR_OF_TWO = SPGroup("", 1, 4, ulysses=SPGroup("inner", 1, 2), ring=SPGroup("outer", 0, 2))
+NOT_MERGED = "declared: ulysses; it returns no log-sum-exp to merge parts by"
 
 
 def test_an_unknown_strategy_is_refused():
-    refused("strategy 'magic' is unknown; 'ulysses' is implemented, 'ring', 'usp', 'allgather_kv' are not", layer,
-            strategy="magic")  # fmt: skip
+    refused("strategy 'magic' is unknown; there are ulysses, ring, usp, allgather_kv", layer, strategy="magic")
 
 
-def test_a_backend_without_sequence_parallelism_is_refused():
-    pytest.importorskip("attnmux_blocksparse")
-    refused("split over 2 ranks", DistributedAttention, 4, 64, sp_group=TWO, backend="BLOCK_SPARSE_ATTN")
+def test_a_strategy_goes_with_the_group_that_it_divides():
+    refused(
+        "'usp' is ulysses within and a ring across groups of ranks, and this group is not divided",
+        layer,
+        strategy="usp",
+    )
+    for strategy in ("ulysses", "ring", "allgather_kv"):
+        refused(f"divided into ring and ulysses.*strategy is '{strategy}'", layer, FOUR_OF_TWO, strategy=strategy)
+    assert layer(FOUR_OF_TWO).strategy == "usp"
+    assert layer().strategy == "ulysses"
+    assert layer(SPGroup.local(), strategy="usp").strategy == "usp"
+
+
+@pytest.mark.parametrize(
+    ("sp", "strategy", "why"),
+    [(TWO, "ring", NOT_MERGED), (FOUR_OF_TWO, None, NOT_MERGED), (TWO, "allgather_kv", "declared: ulysses")],
+    ids=["ring", "usp", "allgather_kv"],
+)
+@pytest.mark.parametrize("backend", ["VIDEO_SPARSE_ATTN", "SLA_ATTN", "VMOBA_ATTN"])
+def test_a_backend_that_needs_the_whole_sequence_is_refused_with_the_reason(backend, sp, strategy, why):
+    pytest.importorskip({"VIDEO_SPARSE_ATTN": "attnmux_vsa", "SLA_ATTN": "attnmux_sla"}.get(backend, "attnmux_vmoba"))
+    text = rf"a sequence split over {sp.size} ranks by '{strategy or 'usp'}' \({why}\)"
+    refused(text, DistributedAttention, 4, 64, sp_group=sp, backend=backend, strategy=strategy)
+
+
+def test_a_declaration_of_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="'ring' and 'usp' merge parts by their log-sum-exp: declare returns_lse"):
+        Capabilities(sequence_parallel={"ring"})
+    with pytest.raises(ValueError, match="'allgather_kv' has more keys than queries: declare cross_attention"):
+        Capabilities(sequence_parallel={"allgather_kv"})
+
+
+def parts(**more):
+    known = {
+        "dtypes": {"float32"}, "head_sizes": range(1, 257), "devices": {"cpu"}, "exactness": "exact", "returns_lse": True,
+        "causal": True, "sequence_parallel": {"ring", "usp"},
+    }  # fmt: skip
+    return Capabilities(**{**known, **more})
 
 
 def test_a_backend_that_declares_only_another_strategy_is_refused(install):
-    capabilities = Capabilities(
-        dtypes={"float32"}, head_sizes=range(1, 257), devices={"cpu"}, exactness="exact", sequence_parallel={"ring"}
-    )
-    install("RING_ATTN", capabilities=capabilities)
+    install("RING_ATTN", capabilities=parts())
     refused(
-        "RING_ATTN cannot share a sequence of 2 ranks by 'ulysses', the only strategy there is; it declares ring",
+        r"a sequence split over 2 ranks by 'ulysses' \(declared: ring, usp\)",
         DistributedAttention, 4, 8, sp_group=TWO, backend="RING_ATTN",
+    )  # fmt: skip
+
+
+def test_the_automatic_choice_is_among_those_that_declare_the_strategy(install):
+    install("RING_ATTN", capabilities=parts(), priority=99)
+    assert DistributedAttention(4, 8, sp_group=TWO).backend_name == "TORCH_SDPA"
+    assert DistributedAttention(4, 8, sp_group=TWO, strategy="ring").backend_name == "RING_ATTN"
+
+
+def test_a_ring_refuses_what_it_would_get_wrong(install, make_backend):
+    shifted = make_backend("RING_ATTN")
+    shifted.get_impl_cls().preprocess_qkv = lambda self, x, metadata: x.roll(1, 1)
+    install("RING_ATTN", backend=shifted, capabilities=parts(trainable_parameters=True))
+    options = {"sp_group": TWO, "strategy": "ring", "backend": "RING_ATTN"}
+    refused("rearranges the whole sequence, of which 'ring' shows it a part", DistributedAttention, 4, 8, **options)
+    del shifted.get_impl_cls().preprocess_qkv
+    refused("has parameters, and causal 'ring' takes two impls", DistributedAttention, 4, 8, causal=True, **options)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "allgather_kv"])
+def test_what_describes_the_whole_sequence_is_refused_where_keys_are_split(strategy):
+    words = dict.fromkeys(("replicated_q", "replicated_k", "replicated_v"), Q)
+    causal = layer(strategy=strategy, causal=True)
+    refused(
+        f"replicated tokens of a causal layer go with the strategy 'ulysses', not '{strategy}'",
+        causal,
+        Q,
+        Q,
+        Q,
+        **words,
+    )
+    described = layer(strategy=strategy)
+    described._metadata_cls = FlashAttentionMetadata
+    packed = FlashAttentionMetadata(0, torch.tensor([0, 8], dtype=torch.int32), max_seqlen_q=8)
+    refused(
+        "TORCH_SDPA: cu_seqlens_k, cu_seqlens_q, max_seqlen_k, max_seqlen_q of the metadata describes the whole sequence",
+        described, Q, Q, Q, attn_metadata=packed,
+    )  # fmt: skip
+
+
+def test_a_gate_goes_with_ulysses_alone():
+    vsa = DistributedAttention_VSA(4, 8, sp_group=TWO, backend="TORCH_SDPA", strategy="ring")
+    vsa._extra_inputs = frozenset({"gate_compress"})
+    refused("gate_compress goes with the strategy 'ulysses', not 'ring'", vsa, Q, Q, Q, None, gate_compress=Q)
+
+
+def test_a_backend_without_sequence_parallelism_is_refused(install):
+    install("ALPHA_ATTN")
+    refused(
+        r"split over 2 ranks by 'ulysses' \(declared: none\)",
+        DistributedAttention, 4, 64, sp_group=TWO, backend="ALPHA_ATTN",
     )  # fmt: skip
 
 

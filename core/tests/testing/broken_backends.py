@@ -10,7 +10,9 @@ from attnmux.backend import AttentionImpl
 from attnmux.testing import FAKE_CAPABILITIES, DenseLimit, FakeImpl, dense_attention_oracle
 
 # one dtype and no compilation keep a run short; both are tested with the right backend
-FULL = replace(FAKE_CAPABILITIES, dtypes=frozenset({"float64"}), devices=frozenset({"cpu"}), compile=None)
+FULL = replace(FAKE_CAPABILITIES, dtypes=frozenset({"float64"}), devices=frozenset({"cpu"}), compile=None,
+               sequence_parallel=frozenset())  # fmt: skip
+PARTS = replace(FULL, sequence_parallel=frozenset({"ring"}))
 MINIMAL = Capabilities(
     dtypes=frozenset({"float64"}), head_sizes=frozenset({32, 64}), devices=frozenset({"cpu"}), exactness="exact"
 )
@@ -28,7 +30,8 @@ class RightImpl(FakeImpl):
         return (output, lse) if return_lse else output
 
     def attend(self, q, k, v, mask):
-        return FakeImpl.forward(self, q, k, v, None, attn_mask=mask, return_lse=True)
+        output, lse = self.compute(q, k, v, mask)
+        return output, lse.to(torch.float32).detach()
 
 
 class StrictImpl(AttentionImpl):
@@ -165,6 +168,21 @@ class GivesZeroLSEInEmptyRows(RightImpl):
     def attend(self, q, k, v, mask):
         output, lse = super().attend(q, k, v, mask)
         return output, lse.masked_fill(lse.isinf(), 0.0)
+
+
+class GivesAPartTheGradientsOfItsOwnSoftmax(RightImpl):
+    def part_gradients(self, grad, query, key, value, output, lse, attn_metadata):
+        with torch.enable_grad():
+            q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
+            part, part_lse = self.compute(q, k, v)
+        weight = (part_lse.detach() - lse).exp().transpose(1, 2)[..., None]
+        return torch.autograd.grad(part, (q, k, v), grad * weight)
+
+
+class ForgetsTheScaleInParts(RightImpl):
+    def attend_part(self, query, key, value, attn_metadata):
+        plain = RightImpl(self.num_heads, self.head_size, num_kv_heads=self.num_kv_heads)
+        return plain.attend_part(query, key, value, attn_metadata)
 
 
 class LeaksAcrossTheBatch(RightImpl):

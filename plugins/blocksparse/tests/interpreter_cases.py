@@ -130,6 +130,20 @@ def test_hot_blocks_first_covers_every_key_block():
     assert_call_is_right(q, k, v, dout, index, scenario.scale, out, lse, grads)
 
 
+def test_kernels_follow_the_lists_of_some_heads_in_the_memory_of_all():
+    scenario = BASE.but(heads=4, heads_k=4, batch=2, len_k=190)
+    tensors = make_tensors(scenario, seed=8)
+    q, k, v, dout = (x[:, :, 1:3] for x in tensors[:4])
+    index = tensors[4].of_heads(1, 3)
+    lists = launch_transpose(index.blocks, index.counts, index.num_key_blocks)
+    offsets, entries = prepare.transpose_lists(index.blocks, index.counts, index.num_key_blocks)
+    assert torch.equal(lists[0], offsets)
+    filled = torch.arange(entries.shape[-1]) < offsets[..., -1:]
+    assert torch.equal(lists[1][filled], entries[filled])
+    out, lse, grads = run_kernels(q, k, v, dout, index, scenario.scale)
+    assert_call_is_right(q, k, v, dout, index, scenario.scale, out, lse, grads)
+
+
 @pytest.mark.parametrize(
     ("shape", "keep"),
     [

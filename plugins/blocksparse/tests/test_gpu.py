@@ -210,6 +210,26 @@ def test_offsets_beyond_31_bits_are_addressed(engine):
         assert torch.equal(got[:, length - 64 :], want[:, 128:])
 
 
+@pytest.mark.parametrize("engine", ["triton", "hopper"])
+def test_the_lists_of_some_heads_give_the_bits_of_these_heads(engine):
+    generator = torch.Generator("cuda").manual_seed(0)
+    mask = torch.rand(1, 4, 16, 16, device="cuda", generator=generator) < 0.4
+    index = BlockIndex.from_block_mask(mask, block_q=64, block_k=64)
+
+    def run(first, last, lists):
+        generator = torch.Generator("cuda").manual_seed(1)
+        tensors = [
+            torch.randn(2, 1000, 4, 128, device="cuda", generator=generator).bfloat16()[:, :, first:last]
+            for _ in range(4)
+        ]
+        q, k, v = (x.detach().requires_grad_() for x in tensors[:3])
+        out = block_sparse_attention(q, k, v, lists, engine=engine)
+        return [out, *torch.autograd.grad(out, (q, k, v), tensors[3])]
+
+    for x, y in zip(run(1, 3, index.of_heads(1, 3)), run(0, 4, index), strict=True):
+        assert torch.equal(x, y[:, :, 1:3])
+
+
 def test_transposed_lists_are_those_of_the_cpu():
     _, _, _, _, index = make_tensors(BASE.but(len_q=5000, len_k=7000, block_k=128, empty_rows=True), "cpu")
     on_gpu = BlockIndex(

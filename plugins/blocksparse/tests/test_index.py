@@ -214,3 +214,23 @@ def test_an_index_says_what_it_is():
     assert repr(build(k_lengths=int32(64, 64, 3))) == (
         "BlockIndex(blocks=(1, 1, 2, 2), num_key_blocks=3, block_q=64, block_k=64, k_lengths)"
     )
+
+
+def test_the_lists_of_some_heads_are_a_view_that_follows_changes_in_place():
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(1, 5, 4, 6, generator=generator) < 0.5
+    index = BlockIndex.from_block_mask(mask, **SIZES)
+    some = index.of_heads(1, 4)
+    assert torch.equal(some.to_block_mask(), mask[:, 1:4])
+    assert some.blocks.data_ptr() == index.blocks[:, 1:].data_ptr()
+    assert index.of_heads(1, 4) is some
+    assert torch.equal(mask_of_transpose(some), mask[:, 1:4].transpose(2, 3))
+    index.counts.zero_()
+    assert not some.to_block_mask().any()
+    assert not mask_of_transpose(index.of_heads(1, 4)).any()
+    assert torch.equal(index.of_heads(0, 2).counts, index.counts[:, :2])
+
+
+def test_lists_that_all_heads_share_are_those_of_any_of_them():
+    index = BlockIndex.from_block_mask(torch.ones(3, 3, dtype=torch.bool), **SIZES)
+    assert index.of_heads(1, 2) is index

@@ -121,7 +121,82 @@ class SDPAImpl(AttentionImpl[AttentionMetadata]):
             return output
         if call.empty is not None:
             lse = lse.masked_fill(call.empty[..., 0], float("-inf"))
-        return output, lse.detach()
+        return output, lse.detach().to(torch.float32)
+
+    def attend_part(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return output and log-sum-exp, the latter in float64 for float64 inputs; see `AttentionImpl`."""
+        call = self._prepare(query, key, value, None)
+        output, lse = self._attend_with_lse(call)
+        if call.empty is not None:
+            output = output.masked_fill(call.empty, 0.0)
+            lse = lse.masked_fill(call.empty[..., 0], float("-inf"))
+        return output.transpose(1, 2), lse
+
+    def part_gradients(
+        self,
+        grad: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the gradients by the backward of the kernel that `attend_part` runs; see `AttentionImpl`."""
+        call = self._prepare(query, key, value, None)
+        grad, output = grad.transpose(1, 2), output.transpose(1, 2)
+        if call.empty is not None:
+            grad = grad.masked_fill(call.empty, 0.0)
+        # weights are exp(score - lse): none where no key is seen
+        lse = lse.masked_fill(lse == float("-inf"), float("inf"))
+        grads = self._gradients(call, grad, output, lse)
+        # `_prepare` may have turned the sign of the queries, or put zeros in their place
+        factor = 1.0 if self.softmax_scale > 0.0 else -1.0 if self.softmax_scale < 0.0 else 0.0
+        grad_q, grad_k, grad_v = (x.transpose(1, 2) for x in grads)
+        return grad_q if factor == 1.0 else grad_q * factor, grad_k, grad_v
+
+    def _gradients(
+        self, call: _Call, grad: torch.Tensor, output: torch.Tensor, lse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the gradients of a call's q, k and v, given output and log-sum-exp of a softmax over more keys."""
+        q, k, v = call.q, call.k, call.v
+        bias = None if call.mask is None else _bias(call)
+        # of dropout, which there is none of
+        seed = torch.zeros((), dtype=torch.int64, device=q.device)
+        if self._uses_cudnn(call):
+            of_cudnn: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = (
+                torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+                    grad, q, k, v, output, lse[..., None], seed, seed, bias, None, None, q.shape[2], k.shape[2], 0.0,
+                    call.is_causal, scale=call.scale,
+                )
+            )  # fmt: skip
+            return of_cudnn
+        group = self.num_heads // self.num_kv_heads
+        if group > 1:
+            k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        if q.device.type == "cpu":
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad, q, k, v, output, lse, 0.0, call.is_causal, attn_mask=bias, scale=call.scale
+            )
+        elif q.dtype == torch.float64:
+            grads = _explicit_gradients(call._replace(k=k, v=v), grad, output, lse)
+        else:
+            # the memory-efficient kernel pads the rows of its LSE
+            lse = F.pad(lse, (0, -lse.shape[-1] % 32), value=float("inf"))
+            grads = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+                grad, q, k, v, bias, output, lse, seed, seed, 0.0, [True, True, True, False], call.is_causal,
+                scale=call.scale,
+            )[:3]  # fmt: skip
+        grad_q, grad_k, grad_v = grads
+        if group > 1:
+            grad_k, grad_v = (x.unflatten(1, (-1, group)).sum(2) for x in (grad_k, grad_v))
+        return grad_q, grad_k, grad_v
 
     def _prepare(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> _Call:
         length_q, length_k = query.shape[1], key.shape[1]
@@ -182,7 +257,7 @@ class SDPAImpl(AttentionImpl[AttentionMetadata]):
                 q, k, v, bias, True, 0.0, call.is_causal, scale=call.scale
             )[:2]
         # the memory-efficient kernel pads the rows of its LSE
-        return output, lse[..., : q.shape[2]].to(torch.float32)
+        return output, lse[..., : q.shape[2]]
 
 
 def _bias(call: _Call) -> torch.Tensor:
@@ -202,14 +277,29 @@ def _explicit(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, is_causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with all scores in memory: float64 on CUDA, for which torch has no fused kernel."""
+    scores = _scores(q, k, bias, is_causal, scale)
+    lse = scores.logsumexp(-1)
+    return scores.softmax(-1) @ v, lse
+
+
+def _explicit_gradients(
+    call: _Call, grad: torch.Tensor, output: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients for `_explicit`, given output and log-sum-exp of a softmax over more keys."""
+    bias = None if call.mask is None else _bias(call)
+    weights = torch.exp(_scores(call.q, call.k, bias, call.is_causal, call.scale) - lse[..., None])
+    of_scores = weights * (grad @ call.v.transpose(-1, -2) - (grad * output).sum(-1, keepdim=True)) * call.scale
+    return of_scores @ call.k, of_scores.transpose(-1, -2) @ call.q, weights.transpose(-1, -2) @ grad
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, is_causal: bool, scale: float) -> torch.Tensor:
     scores = q @ k.transpose(-1, -2) * scale
     if bias is not None:
         scores = scores + bias
     if is_causal:
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~visible, float("-inf"))
-    lse = scores.logsumexp(-1)
-    return scores.softmax(-1) @ v, lse
+    return scores
 
 
 def _checked_mask(mask: torch.Tensor, query: torch.Tensor, length_k: int) -> torch.Tensor:

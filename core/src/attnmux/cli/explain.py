@@ -26,6 +26,9 @@ def explain(
     ] = None,
     mask: Annotated[str | None, typer.Option(help="Form of the mask: bool, additive or key_padding.")] = None,
     sp_size: Annotated[int, typer.Option(help="Ranks that one sequence is split over.")] = 1,
+    sp_strategy: Annotated[
+        str, typer.Option(help="How ranks share it: ulysses, ring, usp or allgather_kv.")
+    ] = "ulysses",
     role: Annotated[str | None, typer.Option(help="Label of the layer, for hooks.")] = None,
     causal: Annotated[bool, typer.Option("--causal", help="A query sees keys up to its own position.")] = False,
     train: Annotated[bool, typer.Option("--train", help="Gradients are needed.")] = False,
@@ -55,6 +58,7 @@ def explain(
         cross_attention=cross,
         mask=mask,
         sp_size=sp_size,
+        sp_strategy=sp_strategy,
         compile=compile_,
         role=role,
         softmax_scale=softmax_scale,

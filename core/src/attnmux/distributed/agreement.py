@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from torch.distributed import distributed_c10d as c10d
 
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["agree"]
 
-# (checks made, descriptions agreed on) by the name of the process group; torch never uses a name twice
-_state: dict[str, tuple[list[int], set[str]]] = {}
+# (checks made, descriptions agreed on) of each process group, as long as it lives: an operator knows a group by its name alone, and
+# torch gives a name again after all groups were destroyed
+_agreements: WeakKeyDictionary[dist.ProcessGroup, tuple[list[int], set[str]]] = WeakKeyDictionary()
 
 
 def agree(group: dist.ProcessGroup, description: str, timeout: float, every_call: bool) -> None:
@@ -30,7 +32,7 @@ def agree(group: dist.ProcessGroup, description: str, timeout: float, every_call
     Raises:
         SequenceParallelError: A rank gave another description, or none in time; names the rank, and the field.
     """
-    made, seen = _state.setdefault(group.group_name, ([0], set()))
+    made, seen = _agreements.setdefault(group, ([0], set()))
     if description in seen and not every_call:
         return
     number, made[0] = made[0], made[0] + 1

@@ -8,92 +8,27 @@ written behind the sequence, and on the way back every rank sends all others its
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import importlib_metadata
 import torch
-import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
 
-from attnmux.distributed.agreement import agree
-from attnmux.errors import SequenceParallelError
+from attnmux.distributed.collective import all_to_all
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from attnmux.distributed.group import SPGroup
     from attnmux.distributed.plan import Range, SeqPlan
 
-__all__ = ["Traffic", "count_traffic", "to_heads", "to_shards"]
-
-
-@dataclass
-class Traffic:
-    """What this rank sent while it was counted.
-
-    Attributes:
-        collectives: Number of collectives.
-        elements_sent: Elements sent to other ranks.
-        bytes_sent: Their bytes.
-    """
-
-    collectives: int = 0
-    elements_sent: int = 0
-    bytes_sent: int = 0
-
-
-_VERSION = importlib_metadata.version("attnmux")
-
-_counters: list[Traffic] = []
-
-
-@contextmanager
-def count_traffic() -> Iterator[Traffic]:
-    """Count what this process exchanges inside the block, backward passes included."""
-    traffic = Traffic()
-    _counters.append(traffic)
-    try:
-        yield traffic
-    finally:
-        # by identity: equal counts of a nested block are another object
-        _counters[:] = [other for other in _counters if other is not traffic]
-
-
-def _all_to_all(
-    received: torch.Tensor, sent: torch.Tensor, rows_in: list[int], rows_out: list[int], operation: str, settings: str
-) -> None:
-    """Exchange flat buffers; sizes are elements per rank."""
-    name, timeout, every_call, *fields = settings.split("\n")
-    group: dist.ProcessGroup = c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
-    own = (
-        f"operation={operation}",
-        f"dtype={sent.dtype}",
-        f"device={sent.device.type}",
-        f"torch={torch.__version__}",
-        f"attnmux={_VERSION}",
-    )
-    agree(group, "\n".join((*own, *fields)), float(timeout), every_call == "True")
-    rank = group.rank()
-    for traffic in _counters:
-        elements = sum(rows_out) - rows_out[rank]
-        traffic.collectives += 1
-        traffic.elements_sent += elements
-        traffic.bytes_sent += elements * sent.element_size()
-    try:
-        dist.all_to_all_single(received, sent, rows_in, rows_out, group=group)
-    except RuntimeError as error:
-        raise SequenceParallelError(
-            f"group {group.group_name!r}: {operation} failed on rank {rank} of {group.size()}, sending {rows_out} and "
-            f"receiving {rows_in} elements of {sent.dtype}: {error}"
-        ) from error
+__all__ = ["to_heads", "to_shards"]
 
 
 def _count(ranges: list[int], tensors: int, peer: int) -> int:
     """Return how many heads of all tensors a rank has; `ranges` holds first, last per rank and tensor."""
     base = 2 * tensors * peer
     return sum(ranges[base + 2 * t + 1] - ranges[base + 2 * t] for t in range(tensors))
+
+
+def _sizes(lengths: list[int], rows: list[int], batch: int, text: int) -> dict[str, object]:
+    """Return the sizes that ranks have to agree on; not part of the settings, which a compiled graph holds as they are."""
+    return {"lengths": lengths, "rows": rows, "batch": batch, "text": text}
 
 
 def _pack_heads(tensors: list[torch.Tensor], ranges: list[int], length: int) -> torch.Tensor:
@@ -119,6 +54,7 @@ def _to_heads(
     text: list[torch.Tensor],
     ranges: list[int],
     lengths: list[int],
+    rows: list[int],
     rank: int,
     settings: str,
 ) -> torch.Tensor:
@@ -129,13 +65,14 @@ def _to_heads(
     result = tensors[0].new_empty(total + tail, batch, own, dim)
     sent = _pack_heads(tensors, ranges, lengths[rank])
     unit = batch * dim
-    _all_to_all(
+    all_to_all(
         result[:total].view(-1),
         sent,
         [lengths[peer] * unit * own for peer in range(size)],
         [lengths[rank] * unit * _count(ranges, count, peer) for peer in range(size)],
         "to_heads",
         settings,
+        _sizes(lengths, rows, batch, tail),
     )
     if text:
         at = 0
@@ -152,6 +89,7 @@ def _(
     text: list[torch.Tensor],
     ranges: list[int],
     lengths: list[int],
+    rows: list[int],
     rank: int,
     settings: str,
 ) -> torch.Tensor:
@@ -164,34 +102,45 @@ def _(
 def _to_heads_backward(
     grad: torch.Tensor,
     heads: list[int],
-    rows: int,
+    held: int,
     text: bool,
     ranges: list[int],
     lengths: list[int],
+    rows: list[int],
     rank: int,
     settings: str,
 ) -> list[torch.Tensor]:
     count, size = len(heads), len(lengths)
     total, batch, own, dim = sum(lengths), *grad.shape[1:]
+    tail = grad.shape[0] - total
     unit, length = batch * dim, lengths[rank]
     counts = [_count(ranges, count, peer) for peer in range(size)]
     received = grad.new_empty(length * unit * sum(counts))
-    _all_to_all(
+    all_to_all(
         received,
         grad[:total].contiguous().view(-1),
         [length * unit * n for n in counts],
         [lengths[peer] * unit * own for peer in range(size)],
         "to_heads backward",
         settings,
+        _sizes(lengths, rows, batch, tail),
     )
-    grads = [grad.new_zeros(batch, rows, n, dim) for n in heads]
+    grads = [grad.new_empty(batch, held, n, dim) for n in heads]
+    for x in grads:
+        x[:, length:] = 0
+    done = [0] * count
     for peer, block in enumerate(torch.split(received, [length * unit * n for n in counts])):
         view, at = block.view(length, batch, counts[peer], dim), 0
         for t in range(count):
             first, last = ranges[2 * (count * peer + t) : 2 * (count * peer + t) + 2]
-            # a key head that went to several ranks gets the sum of what they return, in rank order
-            grads[t][:, :length, first:last] += view[:, :, at : at + last - first].transpose(0, 1)
+            part = view[:, :, at : at + last - first].transpose(0, 1)
             at += last - first
+            if first < done[t]:
+                # a key head that went to several ranks gets the sum of what they return, in rank order
+                grads[t][:, :length, first:last] += part
+            else:
+                grads[t][:, :length, first:last] = part
+                done[t] = last
     if text:
         at = 0
         for t, n in enumerate(heads):
@@ -207,27 +156,28 @@ def _to_heads_backward(
 def _(
     grad: torch.Tensor,
     heads: list[int],
-    rows: int,
+    held: int,
     text: bool,
     ranges: list[int],
     lengths: list[int],
+    rows: list[int],
     rank: int,
     settings: str,
 ) -> list[torch.Tensor]:
     total, batch, dim = sum(lengths), grad.shape[1], grad.shape[3]
-    grads = [grad.new_empty(batch, rows, n, dim) for n in heads]
+    grads = [grad.new_empty(batch, held, n, dim) for n in heads]
     return grads + ([grad.new_empty(batch, grad.shape[0] - total, n, dim) for n in heads] if text else [])
 
 
 def _to_heads_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     tensors, text, *ctx.rest = inputs
-    ctx.heads, ctx.rows, ctx.text = [x.shape[2] for x in tensors], tensors[0].shape[1], bool(text)
+    ctx.heads, ctx.held, ctx.text = [x.shape[2] for x in tensors], tensors[0].shape[1], bool(text)
 
 
 def _to_heads_grad(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    grads = _to_heads_backward(grad, ctx.heads, ctx.rows, ctx.text, *ctx.rest)
+    grads = _to_heads_backward(grad, ctx.heads, ctx.held, ctx.text, *ctx.rest)
     count = len(ctx.heads)
-    return grads[:count], grads[count:], None, None, None, None
+    return grads[:count], grads[count:], *(None,) * 5
 
 
 _to_heads.register_autograd(_to_heads_grad, setup_context=_to_heads_setup)
@@ -239,7 +189,7 @@ def _head_counts(ranges: list[int]) -> list[int]:
 
 @torch.library.custom_op("attnmux::sp_to_shards", mutates_args=())
 def _to_shards(
-    x: torch.Tensor, rows: int, ranges: list[int], lengths: list[int], rank: int, settings: str
+    x: torch.Tensor, ranges: list[int], lengths: list[int], rows: list[int], rank: int, settings: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, long, own, dim = x.shape
     total, length, unit = sum(lengths), lengths[rank], batch * dim
@@ -252,15 +202,16 @@ def _to_shards(
     else:
         sent = flat.contiguous()
     received = x.new_empty((length + tail) * unit * sum(counts))
-    _all_to_all(
+    all_to_all(
         received,
         sent.view(-1),
         [(length + tail) * unit * n for n in counts],
         [(n + tail) * unit * own for n in lengths],
         "to_shards",
         settings,
+        _sizes(lengths, rows, batch, tail),
     )
-    shard = x.new_empty(batch, rows, sum(counts), dim)
+    shard = x.new_empty(batch, rows[rank], sum(counts), dim)
     shard[:, length:] = 0
     text = x.new_empty(batch, tail, sum(counts), dim)
     at = 0
@@ -274,18 +225,24 @@ def _to_shards(
 
 @_to_shards.register_fake
 def _(
-    x: torch.Tensor, rows: int, ranges: list[int], lengths: list[int], rank: int, settings: str
+    x: torch.Tensor, ranges: list[int], lengths: list[int], rows: list[int], rank: int, settings: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     heads = sum(_head_counts(ranges))
     return (
-        x.new_empty(x.shape[0], rows, heads, x.shape[3]),
+        x.new_empty(x.shape[0], rows[rank], heads, x.shape[3]),
         x.new_empty(x.shape[0], x.shape[1] - sum(lengths), heads, x.shape[3]),
     )
 
 
 @torch.library.custom_op("attnmux::sp_to_shards_backward", mutates_args=())
 def _to_shards_backward(
-    grad: torch.Tensor, grad_text: torch.Tensor, ranges: list[int], lengths: list[int], rank: int, settings: str
+    grad: torch.Tensor,
+    grad_text: torch.Tensor,
+    ranges: list[int],
+    lengths: list[int],
+    rows: list[int],
+    rank: int,
+    settings: str,
 ) -> torch.Tensor:
     batch, tail, _, dim = grad_text.shape
     total, length, unit = sum(lengths), lengths[rank], batch * dim
@@ -299,13 +256,14 @@ def _to_shards_backward(
         view[length:] = grad_text[:, :, at : at + n].transpose(0, 1)
         at += n
     received = grad.new_empty((total + len(lengths) * tail) * unit * own)
-    _all_to_all(
+    all_to_all(
         received,
         sent,
         [(n + tail) * unit * own for n in lengths],
         [(length + tail) * unit * n for n in counts],
         "to_shards backward",
         settings,
+        _sizes(lengths, rows, batch, tail),
     )
     if not tail:
         return received.view(total, batch, own, dim)
@@ -322,29 +280,27 @@ def _to_shards_backward(
 
 @_to_shards_backward.register_fake
 def _(
-    grad: torch.Tensor, grad_text: torch.Tensor, ranges: list[int], lengths: list[int], rank: int, settings: str
+    grad: torch.Tensor,
+    grad_text: torch.Tensor,
+    ranges: list[int],
+    lengths: list[int],
+    rows: list[int],
+    rank: int,
+    settings: str,
 ) -> torch.Tensor:
     batch, tail, _, dim = grad_text.shape
     return grad.new_empty(sum(lengths) + tail, batch, _head_counts(ranges)[rank], dim)
 
 
 def _to_shards_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, _, *ctx.rest = inputs
+    _, *ctx.rest = inputs
 
 
 def _to_shards_grad(ctx: Any, grad: torch.Tensor, grad_text: torch.Tensor) -> tuple[Any, ...]:
-    return _to_shards_backward(grad, grad_text, *ctx.rest).transpose(0, 1), None, None, None, None, None
+    return _to_shards_backward(grad, grad_text, *ctx.rest).transpose(0, 1), *(None,) * 5
 
 
 _to_shards.register_autograd(_to_shards_grad, setup_context=_to_shards_setup)
-
-
-def describe(group: SPGroup, fields: dict[str, object]) -> str:
-    """Return the settings of an exchange as one string, which a compiled graph holds as a constant: what the ranks have to
-    agree on, after the group, its timeout and whether to check every call.
-    """
-    lines = [f"{name}={value}" for name, value in fields.items()]
-    return "\n".join([group.name, str(group.timeout), str(group.checks_every_call), *lines])
 
 
 def to_heads(
@@ -369,7 +325,7 @@ def to_heads(
         For each tensor a view `[B, S + T, h_t, D]`, D contiguous, of one buffer.
     """
     ranges = [bound for peer in range(len(plan.lengths)) for of_tensor in heads for bound in of_tensor[peer]]
-    buffer = _to_heads(tensors, text, ranges, list(plan.lengths), rank, settings)
+    buffer = _to_heads(tensors, text, ranges, list(plan.lengths), list(plan.rows), rank, settings)
     sizes = [of_tensor[rank][1] - of_tensor[rank][0] for of_tensor in heads]
     return [part.transpose(0, 1) for part in torch.split(buffer, sizes, dim=2)]
 
@@ -390,5 +346,5 @@ def to_shards(
         `[B, rows, H, D]`, zeros in rows of padding, and `[B, T, H, D]`.
     """
     ranges = [bound for of_rank in heads for bound in of_rank]
-    shard, text = _to_shards(x, plan.rows[rank], ranges, list(plan.lengths), rank, settings)
+    shard, text = _to_shards(x, ranges, list(plan.lengths), list(plan.rows), rank, settings)
     return shard, text

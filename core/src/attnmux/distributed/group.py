@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
+import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -31,11 +33,13 @@ class SPGroup:
     """The ranks that share a sequence.
 
     Attributes:
-        name: Name of the process group in torch; empty for a single rank without one.
+        name: Name of the process group in torch; empty for a single rank without one, and where there are two.
         rank: This process's place in it, from 0.
         size: Number of ranks.
         timeout: Seconds that the agreement check waits for another rank.
         checks_every_call: Whether ranks compare what they exchange on every call, not only at the first of each kind.
+        ulysses: For the strategy "usp": the ranks around this one that exchange tokens for heads. None = all of them.
+        ring: For "usp": the ranks among which keys go around, each in another `ulysses` group. None = none.
     """
 
     name: str = ""
@@ -43,6 +47,8 @@ class SPGroup:
     size: int = 1
     timeout: float = DEFAULT_TIMEOUT
     checks_every_call: bool = False
+    ulysses: SPGroup | None = None
+    ring: SPGroup | None = None
 
     @classmethod
     def local(cls) -> SPGroup:
@@ -65,16 +71,40 @@ class SPGroup:
         return cls(group.group_name, group.rank(), group.size(), timeout, read_environment().checks_every_exchange)
 
     @classmethod
-    def from_mesh(cls, mesh: DeviceMesh, *, timeout: float = DEFAULT_TIMEOUT) -> SPGroup:
-        """Return the group over a mesh of one dimension, such as a slice `mesh["sp"]` of one that FSDP2 uses too.
+    def from_groups(
+        cls, ulysses: dist.ProcessGroup, ring: dist.ProcessGroup, *, timeout: float = DEFAULT_TIMEOUT
+    ) -> SPGroup:
+        """Return the group of the strategy "usp" over two process groups that meet in this rank alone.
+
+        Args:
+            ulysses: Ranks that exchange tokens for heads, and hold neighbouring shards.
+            ring: Ranks among which keys go around: those in this one's place of the other `ulysses` groups.
+            timeout: Seconds that the agreement check waits for another rank, > 0.
 
         Raises:
-            UnsupportedRequestError: The mesh has several dimensions.
+            UnsupportedRequestError: See `from_group`.
         """
+        inner, outer = cls.from_group(ulysses, timeout=timeout), cls.from_group(ring, timeout=timeout)
+        rank, size = outer.rank * inner.size + inner.rank, outer.size * inner.size
+        return cls("", rank, size, timeout, inner.checks_every_call, inner, outer)
+
+    @classmethod
+    def from_mesh(cls, mesh: DeviceMesh, *, timeout: float = DEFAULT_TIMEOUT) -> SPGroup:
+        """Return the group over a mesh, such as a slice `mesh["sp"]` of one that FSDP2 uses too.
+
+        Args:
+            mesh: Of one dimension; or of two for the strategy "usp", the ring first and then ulysses, whose ranks are next to
+                each other.
+            timeout: Seconds that the agreement check waits for another rank, > 0.
+
+        Raises:
+            UnsupportedRequestError: The mesh has another number of dimensions.
+        """
+        if mesh.ndim == 2:
+            return cls.from_groups(mesh.get_group(1), mesh.get_group(0), timeout=timeout)
         if mesh.ndim != 1:
             raise UnsupportedRequestError(
-                f"sp_group must be a mesh of one dimension, got {mesh.ndim} (the strategy 'usp', which would use two, is not "
-                "implemented); slice it by name"
+                f"sp_group must be a mesh of one dimension, or of two (ring, ulysses), got {mesh.ndim}; slice it by name"
             )
         return cls.from_group(mesh.get_group(), timeout=timeout)
 
@@ -119,12 +149,20 @@ def use_sp(group: SPGroup | dist.ProcessGroup | DeviceMesh) -> Iterator[SPGroup]
 
 
 def init_sequence_parallel(
-    size: int | None = None, *, backend: str | None = None, timeout: float = DEFAULT_TIMEOUT
+    size: int | None = None,
+    *,
+    ulysses: int | None = None,
+    backend: str | None = None,
+    timeout: float = DEFAULT_TIMEOUT,
 ) -> SPGroup:
     """Join torch.distributed as `torchrun` says, if that has not happened yet, and set the default group.
 
+    What it initialises it also destroys when the program ends, unless that is by an error.
+
     Args:
         size: Ranks that share one sequence, a divisor of the world size; None = all. Consecutive ranks form a group.
+        ulysses: For the strategy "usp": how many consecutive ranks of these exchange tokens for heads, a divisor of `size`; keys go
+            around among the others. None = a group for the other strategies.
         backend: "nccl" or "gloo"; None = NCCL where there is a GPU. Only read when torch.distributed is not initialised.
         timeout: Seconds after which a collective fails.
 
@@ -132,7 +170,7 @@ def init_sequence_parallel(
         The group of this rank.
 
     Raises:
-        UnsupportedRequestError: `size` does not divide the world size, or the timeout is not positive.
+        UnsupportedRequestError: `size` does not divide the world size, `ulysses` not `size`, or the timeout is not positive.
         SequenceParallelError: The ranks did not meet within the timeout.
     """
     if not timeout > 0:
@@ -151,17 +189,36 @@ def init_sequence_parallel(
                 f"init_process_group({backend!r}) failed on rank {os.environ.get('RANK', 'unknown')}: {error}; start the "
                 "program with torchrun"
             ) from error
+        atexit.register(_destroy)
     world = dist.get_world_size()
     size = world if size is None else size
     if size < 1 or world % size:
         raise UnsupportedRequestError(f"size={size} must divide the world size {world}")
-    own: dist.ProcessGroup | None = None
-    # every rank has to create every group
-    for first in range(0, world, size):
-        group = dist.new_group(list(range(first, first + size)), timeout=limit)
-        if first <= dist.get_rank() < first + size:
-            own = group
-    assert isinstance(own, dist.ProcessGroup)
-    found = SPGroup.from_group(own, timeout=timeout)
+    if ulysses is not None and (ulysses < 1 or size % ulysses):
+        raise UnsupportedRequestError(f"ulysses={ulysses} must divide the {size} ranks that share a sequence")
+    firsts = range(0, world, size)
+    if ulysses is None:
+        found = SPGroup.from_group(_own_group([range(first, first + size) for first in firsts], limit), timeout=timeout)
+    else:
+        inner = _own_group([range(first, first + ulysses) for first in range(0, world, ulysses)], limit)
+        columns = [range(first + place, first + size, ulysses) for first in firsts for place in range(ulysses)]
+        found = SPGroup.from_groups(inner, _own_group(columns, limit), timeout=timeout)
     _default.set(found)
     return found
+
+
+def _own_group(groups: list[range], limit: datetime.timedelta) -> dist.ProcessGroup:
+    """Create the process groups, on every rank all of them, and return the one this rank is in."""
+    own: dist.ProcessGroup | None = None
+    for ranks in groups:
+        group = dist.new_group(list(ranks), timeout=limit)
+        if dist.get_rank() in ranks:
+            own = group
+    assert isinstance(own, dist.ProcessGroup)
+    return own
+
+
+def _destroy() -> None:
+    # after an error other ranks may not come, and there is nobody to wait for
+    if dist.is_initialized() and not hasattr(sys, "last_value"):
+        dist.destroy_process_group()

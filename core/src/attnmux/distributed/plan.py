@@ -65,6 +65,10 @@ class SeqPlan:
         """Tokens of the whole sequence."""
         return sum(self.lengths)
 
+    def part(self, first: int, last: int) -> SeqPlan:
+        """Return the plan of the ranks from `first` to the one before `last` alone."""
+        return SeqPlan(self.lengths[first:last], self.rows[first:last])
+
     def range_of(self, rank: int) -> Range:
         """Return the first token of a rank and the one after its last."""
         first = sum(self.lengths[:rank])

@@ -24,7 +24,8 @@ __all__ = ["AttentionLayer"]
 class AttentionLayer(nn.Module):
     """A layer with the backend that was selected when it was built; arguments and attributes are `LocalAttention`'s.
 
-    Two more: `impl_heads`, the query and key heads the impl is built for, and `sp_size`, the ranks that share a sequence.
+    Three more: `impl_heads`, the query and key heads the impl is built for; `sp_size`, the ranks that share a sequence; and
+    `sp_strategy`, how.
     """
 
     backend: AttentionBackendEnum | None
@@ -46,6 +47,7 @@ class AttentionLayer(nn.Module):
         impl_heads: tuple[int, int | None],
         sp_size: int,
         impl_args: dict[str, Any],
+        sp_strategy: str = "ulysses",
     ) -> None:
         super().__init__()
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -58,6 +60,7 @@ class AttentionLayer(nn.Module):
             num_kv_heads=num_kv_heads,
             softmax_scale=softmax_scale,
             sp_size=sp_size,
+            sp_strategy=sp_strategy,
         )
         self.selection = select_backend(
             request, backend=backend, supported=supported_attention_backends, default_backend=default_backend

@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnmux.distributed.exchange import describe, to_heads, to_shards
-from attnmux.distributed.group import as_sp_group
+from attnmux.distributed.collective import describe
+from attnmux.distributed.exchange import to_heads, to_shards
+from attnmux.distributed.gather import gather_keys
+from attnmux.distributed.group import SPGroup, as_sp_group
 from attnmux.distributed.plan import HeadPlan, SeqPlan
+from attnmux.distributed.ring import Ring, ring_attention
 from attnmux.errors import UnsupportedRequestError
 from attnmux.layers.base import AttentionLayer
 from attnmux.rotary import apply_rotary
+from attnmux.spec import SP_STRATEGIES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,35 +24,29 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from attnmux.backend import AttentionMetadata
-    from attnmux.distributed.group import SPGroup
     from attnmux.spec import AttentionBackendEnum
 
 __all__ = ["DistributedAttention", "DistributedAttention_VSA"]
 
 Freqs = tuple[torch.Tensor, torch.Tensor]
 
-_MERGING = (
-    "it merges partial outputs by their log-sum-exp, and no backend's log-sum-exp has a gradient yet: training would go wrong "
-    "without a sign"
-)
-# strategies with a name in the contract that a layer has to refuse, and why
-_NOT_IMPLEMENTED = {
-    "ring": _MERGING,
-    "usp": f"it is ulysses times ring, and of ring: {_MERGING}",
-    "allgather_kv": "the gather of the keys and its gradient are not written",
-}
 
-
-def _check_strategy(strategy: str) -> None:
-    if strategy == "ulysses":
-        return
-    if strategy in _NOT_IMPLEMENTED:
+def _checked_strategy(strategy: str | None, sp: SPGroup) -> str:
+    """Return the strategy, by default the one that the group is made for."""
+    if strategy is None:
+        return "ulysses" if sp.ring is None else "usp"
+    if strategy not in SP_STRATEGIES:
+        raise UnsupportedRequestError(f"strategy {strategy!r} is unknown; there are {', '.join(SP_STRATEGIES)}")
+    if strategy == "usp" and sp.size > 1 and sp.ring is None:
         raise UnsupportedRequestError(
-            f"strategy {strategy!r} is not implemented: {_NOT_IMPLEMENTED[strategy]}; use 'ulysses'"
+            "strategy 'usp' is ulysses within and a ring across groups of ranks, and this group is not divided: make it by "
+            "init_sequence_parallel(ulysses=...), SPGroup.from_groups, or from a mesh of two dimensions (ring, ulysses)"
         )
-    raise UnsupportedRequestError(
-        f"strategy {strategy!r} is unknown; 'ulysses' is implemented, {', '.join(map(repr, _NOT_IMPLEMENTED))} are not"
-    )
+    if strategy != "usp" and sp.ring is not None:
+        raise UnsupportedRequestError(
+            f"the group is divided into ring and ulysses, which is for the strategy 'usp', and strategy is {strategy!r}"
+        )
+    return strategy
 
 
 class _SequenceParallel(AttentionLayer):
@@ -68,20 +66,23 @@ class _SequenceParallel(AttentionLayer):
         default_backend: AttentionBackendEnum | str | None = None,
         dtype: torch.dtype | None = None,
         sp_group: SPGroup | ProcessGroup | DeviceMesh | None = None,
-        strategy: str = "ulysses",
+        strategy: str | None = None,
         **extra_impl_args: Any,
     ) -> None:
-        _check_strategy(strategy)
         sp = as_sp_group(sp_group)
+        strategy = _checked_strategy(strategy, sp)
+        # which ranks exchange tokens for heads, and which have other keys than these
+        inner = {"ulysses": sp, "usp": sp.ulysses}.get(strategy) or SPGroup.local()
+        outer = {"usp": sp.ring, "ring": sp, "allgather_kv": sp}.get(strategy) or SPGroup.local()
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         own: tuple[int, int | None] = (num_heads, num_kv_heads)
         # heads that make no plan are refused by the impl
         heads = None
-        if sp.size > 1 and kv_heads >= 1 and num_heads >= 1 and num_heads % kv_heads == 0:
-            heads = HeadPlan.of(num_heads, kv_heads, sp.size)
-            first, last = heads.q[sp.rank]
+        if inner.size > 1 and kv_heads >= 1 and num_heads >= 1 and num_heads % kv_heads == 0:
+            heads = HeadPlan.of(num_heads, kv_heads, inner.size)
+            first, last = heads.q[inner.rank]
             # a rank without heads never calls its impl, which exists for its parameters
-            own = (max(last - first, 1), max(heads.kv[sp.rank][1] - heads.kv[sp.rank][0], 1))
+            own = (max(last - first, 1), max(heads.kv[inner.rank][1] - heads.kv[inner.rank][0], 1))
         super().__init__(
             num_heads,
             head_size,
@@ -95,18 +96,52 @@ class _SequenceParallel(AttentionLayer):
             prefix=prefix,
             impl_heads=own,
             sp_size=sp.size,
+            sp_strategy=strategy,
             impl_args=extra_impl_args,
         )
-        if sp.size > 1 and "ulysses" not in self.selection.spec.capabilities.sequence_parallel:
-            declared = ", ".join(sorted(self.selection.spec.capabilities.sequence_parallel))
-            raise UnsupportedRequestError(
-                f"{self.backend_name} cannot share a sequence of {sp.size} ranks by 'ulysses', the only strategy there is; it "
-                f"declares {declared}"
-            )
         self.sp = sp
+        self.strategy = strategy
+        self._inner, self._outer = inner, outer
         self._heads = heads
         if heads is not None:
-            self.attn_impl.set_head_range(*heads.q[sp.rank], total=num_heads)
+            self.attn_impl.set_head_range(*heads.q[inner.rank], total=num_heads)
+        # here and not in forward: a compiler may take a float attribute for a variable, which has no text
+        fixed = {
+            "backend": self.backend_name,
+            "strategy": strategy,
+            "heads": [num_heads, self.num_kv_heads, head_size],
+            "causal": causal,
+            "softmax_scale": float(self.attn_impl.softmax_scale),
+        }
+        self._settings = tuple(describe(group, fixed) for group in (inner, outer))
+        self._ring: Ring | None = None
+        if outer.size == 1:
+            return
+        if self._preprocesses or self._postprocesses:
+            raise UnsupportedRequestError(
+                f"{self.backend_name} rearranges the whole sequence, of which {strategy!r} shows it a part at a time; use 'ulysses'"
+            )
+        if strategy != "allgather_kv":
+            other = self.attn_impl
+            if causal:
+                # a query sees all of an earlier shard
+                if self.selection.spec.capabilities.trainable_parameters:
+                    raise UnsupportedRequestError(
+                        f"{self.backend_name} has parameters, and causal {strategy!r} takes two impls, which would have one set "
+                        "each; use 'ulysses'"
+                    )
+                other = type(self.attn_impl)(
+                    num_heads=own[0],
+                    head_size=head_size,
+                    softmax_scale=softmax_scale,
+                    causal=False,
+                    num_kv_heads=own[1],
+                    prefix=prefix,
+                    **extra_impl_args,
+                )
+                if heads is not None:
+                    other.set_head_range(*heads.q[inner.rank], total=num_heads)
+            self._ring = Ring(self.attn_impl, other, outer.rank, outer.size)
 
     def _plan(self, rows: int, original_seq_len: int | None, plan: SeqPlan | None) -> SeqPlan:
         if plan is None:
@@ -131,6 +166,8 @@ class _SequenceParallel(AttentionLayer):
         extra: dict[str, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         metadata = self._metadata(attn_metadata)
+        if self._outer.size > 1:
+            self._check_parts(metadata, text, extra)
         rank, rows, length = self.sp.rank, plan.rows[self.sp.rank], plan.lengths[self.sp.rank]
         q, k, v = qkv
         if freqs_cis is not None or self._heads is None:
@@ -140,35 +177,32 @@ class _SequenceParallel(AttentionLayer):
             if freqs_cis is not None:
                 first, last = plan.range_of(rank)
                 self._check_freqs(freqs_cis, plan.length)
-                freqs = (freqs_cis[0][first:last], freqs_cis[1][first:last])
+                freqs = freqs_cis if self.sp.size == 1 else (freqs_cis[0][first:last], freqs_cis[1][first:last])
                 q, k = apply_rotary(q, freqs), apply_rotary(k, freqs)
-        if self._heads is None:
+        if self.sp.size == 1:
             output, text_output = self._attend(q, k, v, text, metadata, extra)
-            if length < rows:
-                output = torch.nn.functional.pad(output, (0, 0, 0, 0, 0, rows - length))
-            return output, text_output
+            return _padded(output, rows), text_output
 
+        needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *extra.values(), *text))
+        of_call = f"\nextra_inputs={sorted(extra)}\nrotary={freqs_cis is not None}\ngrad={needs_grad}"
+        near_settings, far_settings = (settings + of_call for settings in self._settings)
+        if self._heads is None:
+            output = self._attend_across((q, k, v), text, metadata, plan.lengths, far_settings)
+            return _padded(output[:, :length], rows), output[:, length:] if text else None
+
+        near = plan.part(rank - self._inner.rank, rank - self._inner.rank + self._inner.size)
         tensors = [q, k, v, *extra.values()]
         heads = [self._heads.q, self._heads.kv, self._heads.kv, *(self._heads.q for _ in extra)]
-        settings = describe(
-            self.sp,
-            {
-                "backend": self.backend_name,
-                "lengths": list(plan.lengths),
-                "rows": list(plan.rows),
-                "batch": int(q.shape[0]),
-                "heads": [self.num_heads, self.num_kv_heads, self.head_size],
-                "text": int(text[0].shape[1]) if text else 0,
-                "extra_inputs": sorted(extra),
-                "rotary": freqs_cis is not None,
-                "causal": bool(self.attn_impl.causal),
-                "softmax_scale": float(self.attn_impl.softmax_scale),
-                "grad": torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *text)),
-            },
-        )
-        q, k, v, *rest = to_heads(tensors, list(text), heads, plan, rank, settings)
-        total, tail = plan.length, q.shape[1] - plan.length
-        if q.shape[2]:
+        q, k, v, *rest = to_heads(tensors, list(text), heads, near, self._inner.rank, near_settings)
+        total, tail = near.length, q.shape[1] - near.length
+        if not q.shape[2]:
+            # no head of its own: the empty q keeps the exchange in the graph, whose backward other ranks wait for
+            output = q
+        elif self._ring is not None:
+            size = self._inner.size
+            lengths = tuple(sum(plan.lengths[first : first + size]) for first in range(0, self.sp.size, size))
+            output = ring_attention(q, k, v, self._ring, metadata, lengths, far_settings)
+        else:
             gates = dict(zip(extra, rest, strict=True))
             if tail and self._preprocesses:
                 text_qkv = tuple(x[:, total:] for x in (q, k, v))
@@ -178,11 +212,54 @@ class _SequenceParallel(AttentionLayer):
                 output = torch.cat((video, text_output), dim=1)
             else:
                 output, _ = self._attend(q, k, v, (), metadata, gates)
-        else:
-            # no head of its own: the empty q keeps the exchange in the graph, whose backward other ranks wait for
-            output = q
-        shard, text_output = to_shards(output, self._heads.q, plan, rank, settings)
+        shard, text_output = to_shards(output, self._heads.q, near, self._inner.rank, near_settings)
         return shard, text_output if text else None
+
+    def _attend_across(
+        self,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        text: tuple[torch.Tensor, ...],
+        metadata: AttentionMetadata | None,
+        lengths: tuple[int, ...],
+        settings: str,
+    ) -> torch.Tensor:
+        """Return what this rank's tokens, with all heads and text behind them, get from the keys of every rank."""
+        q, k, v = qkv
+        rank = self._outer.rank
+        if text:
+            q = torch.cat((q, text[0]), dim=1)
+        if self._ring is not None:
+            if text:
+                k, v = torch.cat((k, text[1]), dim=1), torch.cat((v, text[2]), dim=1)
+            return ring_attention(q, k, v, self._ring, metadata, lengths, settings)
+        k, v = gather_keys(k, v, list(text[1:]), lengths, rank, settings)
+        if not q.shape[1]:
+            # no query of its own: as empty as q, but in the graph, whose backward other ranks wait for
+            return q + k[:, :0, :1]
+        if self.attn_impl.causal:
+            # the rank's last query sees no key behind its own
+            end = sum(lengths[: rank + 1])
+            k, v = k[:, :end], v[:, :end]
+        return self.attn_impl.forward(q, k, v, metadata)
+
+    def _check_parts(
+        self, metadata: AttentionMetadata | None, text: tuple[torch.Tensor, ...], extra: dict[str, torch.Tensor]
+    ) -> None:
+        """Refuse what says something of the whole sequence to an impl that sees a part of it at a time."""
+        if extra:
+            raise UnsupportedRequestError(f"{', '.join(extra)} goes with the strategy 'ulysses', not {self.strategy!r}")
+        if text and self.attn_impl.causal:
+            raise UnsupportedRequestError(
+                f"replicated tokens of a causal layer go with the strategy 'ulysses', not {self.strategy!r}: they see keys of "
+                "all ranks, and each rank's own only up to their place"
+            )
+        given = metadata.asdict_zerocopy({"current_timestep"}) if metadata is not None else {}
+        described = sorted(name for name, value in given.items() if value is not None)
+        if described:
+            raise UnsupportedRequestError(
+                f"{self.backend_name}: {', '.join(described)} of the metadata describes the whole sequence, of which "
+                f"{self.strategy!r} shows the backend a part at a time; use 'ulysses'"
+            )
 
     def _attend(
         self,
@@ -226,11 +303,16 @@ class _SequenceParallel(AttentionLayer):
             )
 
 
+def _padded(output: torch.Tensor, rows: int) -> torch.Tensor:
+    length = output.shape[1]
+    return torch.nn.functional.pad(output, (0, 0, 0, 0, 0, rows - length)) if length < rows else output
+
+
 class DistributedAttention(_SequenceParallel):
     """Attention over a sequence that is split over the ranks of a group; with one rank the same as `LocalAttention`.
 
-    Each rank passes its tokens of all heads, attends with its heads over all tokens, and gets its tokens back: two
-    all-to-alls forward, two backward. Any number of heads and tokens can be split. Every rank has to make the same calls.
+    Each rank passes its tokens of all heads and gets the output for its tokens. By "ulysses" that takes two all-to-alls forward
+    and two backward. Any number of heads and tokens can be split. Every rank has to make the same calls.
 
     Gradients are those of the sum of all ranks' losses; the mean over ranks of a parameter's gradient is the gradient of the
     mean of the losses. That holds for the impl's own parameters and for whatever made the replicated tokens. A rank
@@ -248,15 +330,19 @@ class DistributedAttention(_SequenceParallel):
         default_backend: Preference of the layer's author, which users override.
         dtype: Of q, k and v, for the selection; None = torch's default dtype.
         sp_group: The ranks; None = what `init_sequence_parallel` or `use_sp` set, else this process alone.
-        strategy: "ulysses", heads against tokens by all-to-all. "ring", "usp" and "allgather_kv" are refused: they are not
-            implemented.
+        strategy: How the ranks share the work; the backend has to declare it. "ulysses": each attends with some heads to all
+            tokens. "ring": each attends with its tokens and all heads to every shard of keys as it comes by. "usp": ulysses
+            within groups of ranks, a ring across them. "allgather_kv": each has all keys. None = "usp" for a group that is
+            divided for it, else "ulysses".
         **extra_impl_args: Arguments of the backend's own.
 
     Attributes:
         sp: The group.
+        strategy: The strategy.
 
     Raises:
-        AttnmuxError: The selection failed, the strategy is not implemented, or the backend refuses an argument.
+        AttnmuxError: The selection failed, the strategy does not go with the group or the backend, or the backend refuses an
+            argument.
     """
 
     def forward(

@@ -54,6 +54,7 @@ FAKE_CAPABILITIES = Capabilities(
     returns_lse=True,
     exactness="exact",
     compile="fullgraph",
+    sequence_parallel=frozenset({"ulysses", "ring", "usp", "allgather_kv"}),
     extra_inputs=frozenset({"attn_mask"}),
 )
 """Capabilities of `FakeBackend`."""
@@ -85,6 +86,24 @@ class FakeImpl(AttentionImpl[AttentionMetadata]):
             attn_mask: Bool (True = attend) or additive floating point, broadcastable to `[B, H, S_q, S_k]`.
             return_lse: Whether to return the log-sum-exp of the scaled scores.
         """
+        output, lse = self.compute(query, key, value, attn_mask)
+        return (output, lse.to(torch.float32).detach()) if return_lse else output
+
+    def attend_part(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return output and log-sum-exp, the latter in float64 for float64 inputs."""
+        output, lse = self.compute(query, key, value)
+        return output, lse.detach()
+
+    def compute(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return output and log-sum-exp, the latter in the dtype of the computation and with its gradient."""
         compute_dtype = torch.promote_types(query.dtype, torch.float32)
         q, k, v = (x.to(compute_dtype).transpose(1, 2) for x in (query, key, value))  # [B, H, S, D]
         group = self.num_heads // self.num_kv_heads
@@ -98,10 +117,7 @@ class FakeImpl(AttentionImpl[AttentionMetadata]):
         scores = scores.masked_fill(hidden, float("-inf")).masked_fill(empty, 0.0)
         weights = scores.softmax(-1).masked_fill(hidden, 0.0)
         output = (weights @ v).to(query.dtype).transpose(1, 2)
-        if not return_lse:
-            return output
-        lse = scores.logsumexp(-1).masked_fill(empty.squeeze(-1), float("-inf"))
-        return output, lse.to(torch.float32).detach()
+        return output, scores.logsumexp(-1).masked_fill(empty.squeeze(-1), float("-inf"))
 
     def _hidden(self, scores: torch.Tensor, attn_mask: torch.Tensor | None) -> torch.Tensor:
         """Return which scores do not count, `[B, H, S_q, S_k]`."""

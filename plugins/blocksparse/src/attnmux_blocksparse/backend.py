@@ -153,11 +153,20 @@ class BlockSparseAttentionImpl(AttentionImpl[BlockSparseAttentionMetadata]):
             )
         if query.dtype not in _DTYPES:
             raise UnsupportedRequestError(f"query has dtype {query.dtype}; supported: {', '.join(map(str, _DTYPES))}")
+        index = attn_metadata.index
+        if self.total_num_heads != self.num_heads:
+            # under sequence parallelism the caller's lists are those of all ranks' heads
+            if index.blocks.shape[1] not in (1, self.total_num_heads):
+                raise UnsupportedRequestError(
+                    f"index lists blocks for {index.blocks.shape[1]} heads; this rank has heads {self.head_range[0]} to "
+                    f"{self.head_range[1] - 1} of the layer's {self.total_num_heads}: give the lists of all, or one for all"
+                )
+            index = index.of_heads(*self.head_range)
         return block_sparse_attention(
             query,
             key,
             value,
-            attn_metadata.index,
+            index,
             softmax_scale=self.softmax_scale,
             return_lse=return_lse,
             engine=self.engine,

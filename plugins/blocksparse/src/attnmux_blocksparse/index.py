@@ -79,6 +79,7 @@ class BlockIndex:
         self.finite_padding = finite_padding
         self.even_rows = even_rows
         self._transposed: tuple[torch.Tensor, torch.Tensor, tuple[int, int], TransposedLists] | None = None
+        self._of_heads: tuple[torch.Tensor, torch.Tensor, int, int, BlockIndex] | None = None
         if validate not in ("cheap", "full"):
             raise UnsupportedRequestError(f"validate={validate!r} is not known; use 'cheap' or 'full'.")
         self._check_shapes()
@@ -190,6 +191,32 @@ class BlockIndex:
     def to_block_mask(self) -> torch.Tensor:
         """The block mask, bool [B or 1, H or 1, N_q, N_k], true where the block is attended to."""
         return prepare.mask_from_lists(self.blocks, self.counts, self.num_key_blocks)
+
+    def of_heads(self, first: int, last: int) -> BlockIndex:
+        """The lists of query heads `first` to `last - 1`: the same memory, and this index itself where all heads share one list.
+
+        It is kept, with its transposed lists, until others are asked for; under `torch.compile` it is part of the graph.
+        """
+        if self.blocks.shape[1] == 1:
+            return self
+        if self._of_heads is not None and not torch.compiler.is_compiling():
+            blocks, counts, *heads, kept = self._of_heads
+            if blocks is self.blocks and counts is self.counts and heads == [first, last]:
+                return kept
+        found = BlockIndex(
+            self.blocks[:, first:last],
+            self.counts[:, first:last],
+            num_key_blocks=self.num_key_blocks,
+            block_q=self.block_q,
+            block_k=self.block_k,
+            q_lengths=self.q_lengths,
+            k_lengths=self.k_lengths,
+            finite_padding=self.finite_padding,
+            even_rows=self.even_rows,
+        )
+        if not torch.compiler.is_compiling():
+            self._of_heads = (self.blocks, self.counts, first, last, found)
+        return found
 
     def transpose(self) -> TransposedLists:
         """The query blocks of every key block; built without host synchronisation and kept until the lists change.

@@ -22,6 +22,7 @@ SPEC = BackendSpec(
         returns_lse=True,
         exactness="sparse",
         compile="fullgraph",
+        sequence_parallel=frozenset({"ulysses"}),
         needs_metadata=True,
     ),
     api=1,

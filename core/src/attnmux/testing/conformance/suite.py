@@ -12,6 +12,7 @@ from attnmux.testing.conformance.gradients import GradientChecks
 from attnmux.testing.conformance.harness import ConformanceHarness
 from attnmux.testing.conformance.integration import IntegrationChecks
 from attnmux.testing.conformance.masks import MaskChecks
+from attnmux.testing.conformance.parts import PartChecks
 from attnmux.testing.conformance.refusals import RefusalChecks
 from attnmux.testing.conformance.values import ValueChecks
 
@@ -24,6 +25,7 @@ class BackendConformance(
     ValueChecks,
     MaskChecks,
     GradientChecks,
+    PartChecks,
     BehaviourChecks,
     IntegrationChecks,
     ConformanceHarness,

@@ -1,0 +1,460 @@
+"""Attention over several GPUs: how much of the speed of one is left when they share a sequence.
+
+    torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py distributed.json --plot distributed.png
+    python benchmarks/distributed.py out.json                  (one GPU: what the layer costs at one rank)
+    torchrun --nproc-per-node 2 benchmarks/distributed.py out.json --device cpu --quick     (a dry run)
+
+The sequence is Wan 14B's: 75,600 tokens of 40 heads of 128 channels in bfloat16. Efficiency is T1 / (P * TP): T1 is LocalAttention
+on the whole sequence, on all ranks at once, as heat and power are shared; TP the distributed layer. Ranks are aligned before
+each run and the slowest counts; T1 is measured before and after TP, and a row whose two T1 differ by more than 2 % says so.
+Nothing is timed whose result is wrong on a short sequence in the same process. On one GPU it times one rank's share of the work,
+transfers left out, an upper bound of the efficiency, and what the layer adds where it is alone. What is computed and not
+measured, for more GPUs than there are, is in rows of their own, made from this run's numbers alone.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import sys
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from peers import diffusers_ulysses, fastvideo_ulysses
+from torch.profiler import ProfilerActivity, profile
+
+from attnmux import DistributedAttention, LocalAttention, SeqPlan, SPGroup, init_sequence_parallel
+from attnmux.bench import describe_environment
+from attnmux.bench.harness import CpuClock, Timing
+from attnmux.distributed import HeadPlan, count_traffic, exchange, ring
+from attnmux.distributed.collective import Pending, describe
+from attnmux.distributed.exchange import to_heads, to_shards
+from attnmux.errors import AttnmuxError
+from attnmux.testing import assert_close_to_oracle, dense_attention_baseline, dense_attention_oracle
+
+# tokens as a video, heads, channels
+WAN, QUICK = ((21, 45, 80), 40, 128), ((4, 8, 8), 8, 64)
+SPARSITY = 0.9
+DRIFT = 0.02
+
+
+class Shape:
+    def __init__(self, grid, heads, dim, dtype, device):
+        self.grid, self.heads, self.dim, self.dtype, self.device = grid, heads, dim, dtype, device
+        self.tokens = grid[0] * grid[1] * grid[2]
+
+    def draw(self, rows=None, heads=None, seed=0):
+        generator = torch.Generator(self.device).manual_seed(seed)
+        size = (1, self.tokens if rows is None else rows, self.heads if heads is None else heads, self.dim)
+        return [torch.randn(size, generator=generator, device=self.device, dtype=self.dtype) for _ in range(3)]
+
+
+def aligned(device, run, repetitions):
+    """Milliseconds of each run, the slowest rank's, started together."""
+    if device.type == "cuda":
+        flag = torch.zeros(1, device=device)
+        starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(repetitions)] for _ in range(2))
+        for start, end in zip(starts, ends, strict=True):
+            # a collective on the stream: no rank starts before the last has come
+            dist.all_reduce(flag)
+            start.record()
+            run()
+            end.record()
+        torch.cuda.synchronize(device)
+        times = [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
+    else:
+        times = []
+        for _ in range(repetitions):
+            dist.barrier()
+            times += CpuClock().milliseconds(run, 1)
+    slowest = torch.tensor(times, dtype=torch.float64, device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return slowest.tolist()
+
+
+def compare(device, single, several, repetitions):
+    """T1 before, TP, T1 after."""
+    for run in (single, several):
+        aligned(device, run, 3)
+    before = aligned(device, single, repetitions // 2)
+    shared = aligned(device, several, repetitions)
+    after = aligned(device, single, repetitions - repetitions // 2)
+    drift = abs(statistics.median(before) / statistics.median(after) - 1)
+    return Timing.of(before + after), Timing.of(shared), drift
+
+
+def backend_options(backend, shape):
+    """Constructor arguments and metadata of a backend at the benchmark's sparsity."""
+    if backend == "SLA_ATTN":
+        return {"topk_ratio": 1 - SPARSITY}, None
+    if backend == "VIDEO_SPARSE_ATTN":
+        from attnmux_vsa.backend import VideoSparseAttentionMetadataBuilder
+
+        build = VideoSparseAttentionMetadataBuilder().build
+        return {}, build(0, shape.grid, (1, 1, 1), SPARSITY, device=shape.device)
+    return {}, None
+
+
+def layers(backend, strategy, shape, sp):
+    options, metadata = backend_options(backend, shape)
+    options = {"backend": backend, "dtype": shape.dtype, **options}
+    made = (
+        LocalAttention(shape.heads, shape.dim, **options),
+        DistributedAttention(shape.heads, shape.dim, sp_group=sp, strategy=strategy, **options),
+    )
+    return *(layer.to(shape.device) for layer in made), metadata
+
+
+def shard(tensors, plan, rank):
+    first, last = plan.range_of(rank)
+    return [x[:, first:last].contiguous() for x in tensors]
+
+
+def short_of(shape):
+    return Shape((5, 8, 9), shape.heads, shape.dim, shape.dtype, shape.device)
+
+
+def gate(attend, small, sp, *, same_bits_as=None):
+    """Return nothing where a short sequence comes out right on every rank, else what is wrong."""
+    q, k, v = small.draw()
+    plan = SeqPlan.balanced(small.tokens, sp.size)
+    first, last = plan.range_of(sp.rank)
+    problem = ""
+    with torch.no_grad():
+        found = attend(*shard((q, k, v), plan, sp.rank))
+        if same_bits_as is not None:
+            # heads choose for themselves
+            if not torch.equal(found, same_bits_as(q, k, v)[:, first:last]):
+                problem = "other bits than LocalAttention"
+        else:
+            oracle, baseline = dense_attention_oracle(q, k, v), dense_attention_baseline(q, k, v)
+            try:
+                assert_close_to_oracle(found, oracle[:, first:last], baseline[:, first:last])
+            except AssertionError as error:
+                problem = str(error)
+    problems = [""] * sp.size
+    dist.all_gather_object(problems, problem)
+    return next(filter(None, problems), "")
+
+
+def gate_layers(backend, strategy, shape, sp):
+    small = short_of(shape)
+    local, several, metadata = layers(backend, strategy, small, sp)
+    plan = SeqPlan.balanced(small.tokens, sp.size)
+    is_exact = local.selection.spec.capabilities.exactness == "exact"
+    return gate(
+        lambda q, k, v: several(q, k, v, plan=plan, attn_metadata=metadata)[0],
+        small,
+        sp,
+        same_bits_as=None if is_exact else lambda q, k, v: local(q, k, v, attn_metadata=metadata),
+    )
+
+
+def without_gradients(function, *arguments, **options):
+    def run():
+        with torch.no_grad():
+            function(*arguments, **options)
+
+    return run
+
+
+def with_gradients(function, *arguments, **options):
+    leaves = [x.detach().requires_grad_() for x in arguments]
+
+    def run():
+        result = function(*leaves, **options)
+        output = result[0] if isinstance(result, tuple) else result
+        torch.autograd.grad(output, leaves, torch.ones_like(output))
+
+    return run
+
+
+def measure_strategy(backend, strategy, shape, sp, arguments, direction):
+    row = {"backend": backend, "strategy": strategy, "direction": direction, "peer": False}
+    try:
+        local, several, metadata = layers(backend, strategy, shape, sp)
+        problem = gate_layers(backend, strategy, shape, sp)
+    except (AttnmuxError, ImportError) as error:
+        return {**row, "gate": "not run", "refused": str(error).splitlines()[0]}
+    if problem:
+        return {**row, "gate": "red", "refused": problem}
+    plan = SeqPlan.balanced(shape.tokens, sp.size)
+    tensors = shape.draw()
+    own = shard(tensors, plan, sp.rank)
+    wrap = without_gradients if direction == "forward" else with_gradients
+    several_run = wrap(several, *own, plan=plan, attn_metadata=metadata)
+    with count_traffic() as traffic:
+        several_run()
+    single, shared, drift = compare(
+        shape.device, wrap(local, *tensors, attn_metadata=metadata), several_run, arguments.repetitions
+    )
+    counted = {"collectives": traffic.collectives, "bytes_sent": traffic.bytes_sent}
+    return {**row, "gate": "green", **counted, **times(single, shared, drift, sp.size)}
+
+
+def times(single, shared, drift, size):
+    return {
+        "t1_ms": single.median_ms,
+        "t1_p20_ms": single.p20_ms,
+        "t1_p80_ms": single.p80_ms,
+        "tp_ms": shared.median_ms,
+        "tp_p20_ms": shared.p20_ms,
+        "tp_p80_ms": shared.p80_ms,
+        "repetitions": shared.repetitions,
+        "efficiency": single.median_ms / (size * shared.median_ms),
+        "drift": drift,
+        "drifted": drift > DRIFT,
+    }
+
+
+def measure_peer(name, make, shape, sp, arguments):
+    """A peer of ulysses; `make` returns what it runs for the heads of one rank of a shape."""
+    row = {"backend": name, "strategy": "ulysses", "direction": "forward", "peer": True}
+    if shape.tokens % sp.size or shape.heads % sp.size:
+        return {**row, "gate": "not run", "refused": "tokens and heads must be multiples of the ranks"}
+    try:
+        attend = make(shape)
+    except ImportError as error:
+        return {**row, "gate": "not run", "refused": f"{error}"}
+    if problem := gate(attend, short_of(shape), sp):
+        return {**row, "gate": "red", "refused": problem}
+    local = LocalAttention(shape.heads, shape.dim, backend="TORCH_SDPA", dtype=shape.dtype)
+    plan = SeqPlan.balanced(shape.tokens, sp.size)
+    tensors = shape.draw()
+    runs = without_gradients(local, *tensors), without_gradients(attend, *shard(tensors, plan, sp.rank))
+    measured = times(*compare(shape.device, *runs, arguments.repetitions), sp.size)
+    return {**row, "gate": "green", **measured}
+
+
+def make_diffusers(shape):
+    return diffusers_ulysses.make_ulysses(shape.device)
+
+
+def make_fastvideo(shape):
+    heads = shape.heads // dist.get_world_size()
+    return fastvideo_ulysses.make_ulysses(LocalAttention(heads, shape.dim, backend="TORCH_SDPA", dtype=shape.dtype))
+
+
+def measure_parts(shape, sp, repetitions):
+    """The exchanges alone, and dense attention alone with the heads of one rank of more ranks than there are."""
+    plan, heads = SeqPlan.balanced(shape.tokens, sp.size), HeadPlan.of(shape.heads, shape.heads, sp.size)
+    own = shard(shape.draw(), plan, sp.rank)
+    group = sp if sp.size > 1 else SPGroup.from_group(dist.group.WORLD)
+    settings = describe(group, {"case": "exchange alone"})
+
+    def exchange_alone():
+        q, _, _ = to_heads(own, [], [heads.q] * 3, plan, sp.rank, settings)
+        to_shards(q, heads.q, plan, sp.rank, settings)
+
+    with torch.no_grad(), count_traffic() as traffic:
+        exchange_alone()
+    parts = {"bytes_sent": traffic.bytes_sent}
+    aligned(shape.device, without_gradients(exchange_alone), 3)
+    parts["exchange_ms"] = Timing.of(aligned(shape.device, without_gradients(exchange_alone), repetitions)).median_ms
+    for ranks in (1, 2, 4, 8):
+        few = LocalAttention(max(shape.heads // ranks, 1), shape.dim, backend="TORCH_SDPA", dtype=shape.dtype)
+        run = without_gradients(few, *shape.draw(heads=max(shape.heads // ranks, 1)))
+        aligned(shape.device, run, 3)
+        found = Timing.of(aligned(shape.device, run, max(repetitions // 3, 3)))
+        parts[f"attention_ms_of_{ranks}"] = found.median_ms
+    return parts
+
+
+def measure_one_rank(shape):
+    """What the layer adds to LocalAttention where there are no other ranks: nothing on the device, and host time."""
+    local, alone, _ = layers("TORCH_SDPA", "ulysses", shape, SPGroup.local())
+    tensors = shape.draw(rows=128)
+
+    def host_us(layer):
+        run = without_gradients(layer, *tensors)
+        run()
+        best = float("inf")
+        for _ in range(20):
+            started = time.perf_counter()
+            for _ in range(50):
+                run()
+            best = min(best, time.perf_counter() - started)
+        return best / 50 * 1e6
+
+    found = {"host_us_local": host_us(local), "host_us_distributed": host_us(alone)}
+    if shape.device.type == "cuda":
+        for name, layer in (("local", local), ("distributed", alone)):
+            run = without_gradients(layer, *shape.draw())
+            run()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+                run()
+                torch.cuda.synchronize()
+            found[f"kernels_{name}"] = sorted(event.name for event in profiled.events())
+            found[f"peak_bytes_{name}"] = torch.cuda.max_memory_allocated() - before
+    return found
+
+
+def measure_share(shape, ranks, strategy, arguments):
+    """One rank's share of the work on this GPU, transfers left out: what efficiency they leave to lose from."""
+    fill = [True]
+
+    def left_out(received, sent, *_, **__):
+        # numbers like those that would come, and from then on whatever the memory holds
+        if fill[0]:
+            received.normal_()
+        return Pending(received, Finished(), "")
+
+    several = DistributedAttention(
+        shape.heads,
+        shape.dim,
+        backend="TORCH_SDPA",
+        dtype=shape.dtype,
+        sp_group=SPGroup("left out", 0, ranks),
+        strategy=strategy,
+    )
+    local = LocalAttention(shape.heads, shape.dim, backend="TORCH_SDPA", dtype=shape.dtype)
+    tensors, plan = shape.draw(), SeqPlan.balanced(shape.tokens, ranks)
+    run = without_gradients(several, *shard(tensors, plan, 0), plan=plan)
+    with patch.object(exchange, "all_to_all", left_out), patch.object(ring, "start_all_to_all", left_out):
+        run()
+        run()
+        fill[0] = False
+        single, shared, drift = compare(shape.device, without_gradients(local, *tensors), run, arguments.repetitions)
+    return {"ranks": ranks, "strategy": strategy, **times(single, shared, drift, ranks)}
+
+
+class Finished:
+    def wait(self):
+        """Nothing is under way."""
+
+
+def compute_rows(parts, size, between_nodes):
+    """What this run's numbers give for 8 GPUs of one host, and for 64 of eight, whose link somebody has to have measured."""
+    if size < 2:
+        return []
+    # a rank sends 4 N (P - 1) / P elements, N = all tokens / P
+    unit = parts["bytes_sent"] * size**2 / (size - 1)
+    bandwidth = parts["bytes_sent"] / parts["exchange_ms"]
+    alone = parts["attention_ms_of_8"]
+    in_node = unit * 7 / 64 / bandwidth
+    made_from = {"exchange_GB_per_s": bandwidth * 1e-6, "attention_ms": alone}
+    whole = parts["attention_ms_of_1"]
+    rows = [{"gpus": 8, "strategy": "ulysses", "efficiency": whole / (8 * (alone + in_node)), "made_from": made_from}]
+    if between_nodes:
+        # keys and values, half of what ulysses exchanges: a rank's eighth of the heads, seven of eight shards
+        ring = unit / 2 * 7 / 64 / (between_nodes * 1e6)
+        ms = max(alone / 8, ring) + in_node / 8
+        given = {**made_from, "between_nodes_GB_per_s, given": between_nodes}
+        rows.append({"gpus": 64, "strategy": "usp", "efficiency": whole / (64 * ms), "made_from": given})
+    return rows
+
+
+def plot(found, path):
+    from matplotlib.figure import Figure
+
+    rows = [row for row in found["rows"] if row["gate"] == "green"]
+    figure = Figure(figsize=(7, 1.4 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    names = [f"{row['backend']} {row['strategy']} {row['direction']}" for row in rows]
+    axes.barh(
+        names,
+        [100 * row["efficiency"] for row in rows],
+        color=["#b0b7bd" if row["peer"] else "#2a6f97" for row in rows],
+    )
+    axes.invert_yaxis()
+    axes.set_xlabel("efficiency, %")
+    figure.suptitle(f"{found['ranks']} ranks, {found['device']} (grey: other projects)", fontsize="medium")
+    figure.savefig(path, dpi=150)
+
+
+def show(found):
+    out = sys.stdout.write
+    for row in found["rows"]:
+        name = f"{row['backend']:20s} {row['strategy']:13s} {row['direction']:17s}"
+        if "efficiency" not in row:
+            out(f"{name} {row['gate']}: {row['refused']}\n")
+            continue
+        note = "  (T1 drifted)" if row["drifted"] else ""
+        out(f"{name} T1 {row['t1_ms']:9.3f} ms  TP {row['tp_ms']:9.3f} ms  efficiency {row['efficiency']:.4f}{note}\n")
+    out("".join(f"{name}: {value:.3f}\n" for name, value in found["parts"].items()))
+    for name, value in (found["one_rank"] or {}).items():
+        out(f"one rank: {name}: {len(value) if isinstance(value, list) else value}\n")
+    for row in found["shares_without_transfer"]:
+        name = f"{row['strategy']:8s} of {row['ranks']}, transfers left out"
+        speed = f"efficiency {row['efficiency']:.4f}  drift {row['drift']:.4f}"
+        out(f"{name}: T1 {row['t1_ms']:.3f} ms  TP {row['tp_ms']:.3f} ms  {speed}\n")
+    out("".join(f"computed, not measured: {json.dumps(row)}\n" for row in found["computed"]))
+
+
+def join(device):
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return init_sequence_parallel(backend="nccl" if device == "cuda" else "gloo")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--quick", action="store_true", help="a tiny video")
+    parser.add_argument("--repetitions", type=int, default=30)
+    parser.add_argument("--train", action="store_true", help="forward and backward together, too")
+    parser.add_argument("--backends", nargs="+", default=["TORCH_SDPA", "FLASH_ATTN", "VIDEO_SPARSE_ATTN", "SLA_ATTN"])
+    parser.add_argument(
+        "--between-nodes", type=float, help="GB/s per GPU that were measured between hosts, for 64 GPUs"
+    )
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+
+    sp = join(arguments.device)
+    device = torch.device("cuda", torch.cuda.current_device()) if arguments.device == "cuda" else torch.device("cpu")
+    shape = Shape(
+        *(QUICK if arguments.quick else WAN), torch.bfloat16 if device.type == "cuda" else torch.float32, device
+    )
+    rows = []
+    for backend in arguments.backends:
+        for strategy in (
+            ("ulysses", "ring", "allgather_kv") if backend in ("TORCH_SDPA", "FLASH_ATTN") else ("ulysses",)
+        ):
+            for direction in ("forward", "forward + backward")[: 1 + arguments.train]:
+                rows.append(measure_strategy(backend, strategy, shape, sp, arguments, direction))
+                if sp.size == 1:
+                    break
+            if sp.size == 1:
+                # without other ranks every strategy is the same code
+                break
+    if sp.size > 1:
+        rows.append(measure_peer(diffusers_ulysses.version(), make_diffusers, shape, sp, arguments))
+        rows.append(measure_peer("FastVideo's passes", make_fastvideo, shape, sp, arguments))
+    parts = measure_parts(shape, sp, arguments.repetitions)
+    one_rank, shares = None, []
+    if sp.size == 1:
+        one_rank = measure_one_rank(shape)
+        shares = [measure_share(shape, n, name, arguments) for n in (2, 8) for name in ("ulysses", "ring")]
+    environment = describe_environment(device, commit=os.environ.get("COMMIT"))
+    found = {
+        **vars(environment),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else "",
+        "ranks": sp.size,
+        "shape": {"tokens": shape.tokens, "heads": shape.heads, "head_size": shape.dim, "dtype": str(shape.dtype)},
+        "sparsity": SPARSITY,
+        "rows": rows,
+        "parts": parts,
+        "one_rank": one_rank,
+        "shares_without_transfer": shares,
+        "computed": compute_rows(parts, sp.size, arguments.between_nodes),
+    }
+    if sp.rank == 0:
+        Path(arguments.output).write_text(json.dumps(found, indent=1) + "\n")
+        show(found)
+        if arguments.plot:
+            plot(found, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

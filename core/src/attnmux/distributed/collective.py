@@ -1,0 +1,184 @@
+"""The collectives underneath: ranks agree first, what is sent is counted, and an error says who, what and where."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import importlib_metadata
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from attnmux.distributed.agreement import agree
+from attnmux.errors import SequenceParallelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from attnmux.distributed.group import SPGroup
+
+__all__ = ["Pending", "Traffic", "all_gather", "all_to_all", "count_traffic", "describe", "start_all_to_all"]
+
+
+@dataclass
+class Traffic:
+    """What this rank sent while it was counted.
+
+    Attributes:
+        collectives: Number of collectives.
+        elements_sent: Elements sent to other ranks.
+        bytes_sent: Their bytes.
+    """
+
+    collectives: int = 0
+    elements_sent: int = 0
+    bytes_sent: int = 0
+
+
+_VERSION = importlib_metadata.version("attnmux")
+
+_counters: list[Traffic] = []
+
+
+@contextmanager
+def count_traffic() -> Iterator[Traffic]:
+    """Count what this process exchanges inside the block, backward passes included."""
+    traffic = Traffic()
+    _counters.append(traffic)
+    try:
+        yield traffic
+    finally:
+        # by identity: equal counts of a nested block are another object
+        _counters[:] = [other for other in _counters if other is not traffic]
+
+
+def describe(group: SPGroup, fields: dict[str, object]) -> str:
+    """Return the settings of an exchange as one string, which a compiled graph holds as a constant: the group, its timeout,
+    whether to check every call, and what the ranks have to agree on but for sizes, which may change from call to call.
+    """
+    lines = [f"{name}={value}" for name, value in fields.items()]
+    return "\n".join([group.name, str(group.timeout), str(group.checks_every_call), *lines])
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A collective under way.
+
+    Attributes:
+        received: What it fills.
+        work: Torch's handle.
+        failed: Start of the message if it fails.
+    """
+
+    received: torch.Tensor
+    work: Any
+    failed: str
+
+    def wait(self) -> torch.Tensor:
+        """Return what came; on a GPU the current stream waits, not the host.
+
+        Raises:
+            SequenceParallelError: Another rank died, or did not come within the timeout of the group.
+        """
+        try:
+            self.work.wait()
+        except RuntimeError as error:
+            raise SequenceParallelError(f"{self.failed}: {error}") from error
+        return self.received
+
+
+def _agreed_group(sent: torch.Tensor, operation: str, settings: str, sizes: dict[str, object]) -> dist.ProcessGroup:
+    name, timeout, every_call, *fields = settings.split("\n")
+    group: dist.ProcessGroup = c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+    description = (
+        f"operation={operation}",
+        f"dtype={sent.dtype}",
+        f"device={sent.device.type}",
+        f"torch={torch.__version__}",
+        f"attnmux={_VERSION}",
+        *(f"{field}={value}" for field, value in sizes.items()),
+        *fields,
+    )
+    agree(group, "\n".join(description), float(timeout), every_call == "True")
+    return group
+
+
+def _count(elements: int, element_size: int) -> None:
+    for traffic in _counters:
+        traffic.collectives += 1
+        traffic.elements_sent += elements
+        traffic.bytes_sent += elements * element_size
+
+
+def _failure(group: dist.ProcessGroup, operation: str, what: str, dtype: torch.dtype) -> str:
+    return f"group {group.group_name!r}: {operation} failed on rank {group.rank()} of {group.size()}, {what} elements of {dtype}"
+
+
+def start_all_to_all(
+    received: torch.Tensor,
+    sent: torch.Tensor,
+    elements_in: list[int],
+    elements_out: list[int],
+    operation: str,
+    settings: str,
+    sizes: dict[str, object],
+    *,
+    waits: bool = False,
+) -> Pending:
+    """Start an exchange of flat buffers.
+
+    Args:
+        received: Flat, filled in rank order.
+        sent: Flat, cut in rank order.
+        elements_in: Elements from each rank.
+        elements_out: Elements for each rank.
+        operation: Its name in messages.
+        settings: From `describe`.
+        sizes: What else the ranks have to agree on.
+        waits: Whether it is over on return, as it is with the blocking call.
+
+    Raises:
+        SequenceParallelError: Ranks disagree, one did not come, or the exchange failed.
+    """
+    group = _agreed_group(sent, operation, settings, sizes)
+    _count(sum(elements_out) - elements_out[group.rank()], sent.element_size())
+    failed = _failure(group, operation, f"sending {elements_out} and receiving {elements_in}", sent.dtype)
+    try:
+        work = dist.all_to_all_single(received, sent, elements_in, elements_out, group=group, async_op=not waits)
+    except RuntimeError as error:
+        raise SequenceParallelError(f"{failed}: {error}") from error
+    return Pending(received, work, failed)
+
+
+def all_to_all(
+    received: torch.Tensor,
+    sent: torch.Tensor,
+    elements_in: list[int],
+    elements_out: list[int],
+    operation: str,
+    settings: str,
+    sizes: dict[str, object],
+) -> None:
+    """Exchange flat buffers; arguments and errors are those of `start_all_to_all`."""
+    start_all_to_all(received, sent, elements_in, elements_out, operation, settings, sizes, waits=True)
+
+
+def all_gather(
+    received: torch.Tensor, sent: torch.Tensor, operation: str, settings: str, sizes: dict[str, object]
+) -> None:
+    """Fill the flat `received` with the flat `sent` of every rank, in rank order.
+
+    Raises:
+        SequenceParallelError: As for `start_all_to_all`.
+    """
+    group = _agreed_group(sent, operation, settings, sizes)
+    _count(sent.numel() * (group.size() - 1), sent.element_size())
+    # torch 2.13 has a new name for it, and warns about the old one
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    try:
+        gather(received, sent, group=group)
+    except RuntimeError as error:
+        what = f"sending {sent.numel()} and receiving {received.numel()}"
+        raise SequenceParallelError(f"{_failure(group, operation, what, sent.dtype)}: {error}") from error
