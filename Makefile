@@ -4,7 +4,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
-PACKAGES := $(wildcard plugins/*) examples/third_party_backend
+# pip 23 does not find a package of ours that stands behind one that depends on it
+NEEDED := plugins/blocksparse plugins/sla
+PACKAGES := $(NEEDED) $(filter-out $(NEEDED),$(wildcard plugins/*)) examples/third_party_backend
 SOURCES := core/pyproject.toml $(addsuffix /pyproject.toml,$(PACKAGES)) Makefile
 
 .PHONY: demo test check build clean
