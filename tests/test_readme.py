@@ -1,5 +1,6 @@
 """The README's commands and code, executed."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -85,3 +86,52 @@ def test_code_of_a_plugins_readme_runs(path):
     for body in found:
         exec(compile(body, str(path), "exec"), namespace)
     assert namespace["out"].shape == namespace["q"].shape
+
+
+def measured(name, backend, engine, **where):
+    """The medians of one group of rows, forward / backward, as the README writes them."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+    where = {"backend": backend, "engine": engine, **where}
+    found = {row["direction"]: row for row in rows if all(row[key] == value for key, value in where.items())}
+    return " / ".join(f"{found[d]['median_ms']:.3f}" for d in ("forward", "backward") if d in found)
+
+
+SLA = {"S": 32768, "keep": 0.1}
+VSA = {"case": "vsa_444", "S": 32768}
+SPARSE = {"case": "block_sparse_random", "S": 32768, "blocks": "128x64"}
+SAGE = {"case": "sage", "S": 32768}
+
+
+@pytest.mark.parametrize(
+    ("call", "groups"),
+    [
+        ("BLOCK_SPARSE_ATTN", [
+            ("block_sparse.json", "BLOCK_SPARSE_ATTN", "hopper", SPARSE),
+            ("block_sparse.json", "SLA", "triton", SPARSE),
+        ]),
+        ("SLA_ATTN", [("sla.json", *who, SLA) for who in (("SLA_ATTN", "module"), ("SLA", "main branch"), ("SDPA", "cudnn"))]),
+        ("VIDEO_SPARSE_ATTN", [
+            ("vsa.json", "VIDEO_SPARSE_ATTN", "operator", VSA),
+            ("vsa_peers.json", "FASTVIDEO", "triton, tokens in tiles", VSA),
+            ("vsa_peers.json", "SDPA", "cudnn", VSA),
+        ]),
+        ("VMOBA_ATTN", [
+            ("vmoba.json", "VMOBA_ATTN", "triton", {"case": "vmoba_spatio_temporal", "lists": "random, top-k 8"}),
+            ("vmoba.json", "SDPA", "cudnn", {}),
+        ]),
+        ("SAGE_ATTN", [
+            ("sage.json", "SAGE_ATTN", "fp8 values", SAGE),
+            ("sage.json", "SAGEATTENTION", "triton", SAGE),
+            ("sage.json", "SDPA", "cudnn", SAGE),
+        ]),
+        ("SAGE_SLA_ATTN", [("sage.json", "SAGE_SLA_ATTN", "fp8 values", {"S": 32768})]),
+    ],
+)  # fmt: skip
+def test_times_are_those_of_the_results(call, groups):
+    (line,) = [line for line in README.splitlines() if line.startswith(f"| `{call}`, ")]
+    wanted = [
+        number
+        for name, backend, engine, where in groups
+        for number in measured(name, backend, engine, **where).split(" / ")
+    ]
+    assert re.findall(r"\d+\.\d{3}", line) == wanted
