@@ -69,8 +69,10 @@ def test_automatic_choice_is_never_inexact(install, exactness):
     assert choose(backend="ZETA_ATTN").spec.name == "ZETA_ATTN"
 
 
-def test_explicit_choice_is_refused_with_every_reason_and_what_can_serve(install):
-    install("ZETA_ATTN", capabilities=EXACT)
+def test_explicit_choice_is_refused_with_every_reason_and_what_can_serve(install, monkeypatch):
+    install("ZETA_ATTN", capabilities=EXACT, distribution="zeta")
+    # else it depends on what is installed
+    monkeypatch.setenv("ATTNMUX_PLUGINS", "attnmux,zeta")
     asked = AttentionRequest(head_size=80, dtype="bfloat16", device="cpu", causal=True)
     with pytest.raises(UnsupportedRequestError) as caught:
         select_backend(asked, backend="ZETA_ATTN")
