@@ -11,40 +11,18 @@ measurement. The environment variable COMMIT names the commit where there is no 
 
 import argparse
 import dataclasses
-import os
+import functools
 import sys
-import time
 
 import torch
 from peers import DENSE_PEERS
+from run import Run, captured
 
-from attnmux.bench import (
-    DensePattern,
-    Workload,
-    describe_environment,
-    make_clock,
-    measure,
-    measure_workload,
-    refused_rows,
-    write_rows,
-)
+from attnmux.bench import DensePattern, Workload, draw_inputs, measure
 from attnmux.bench.record import make_row
 from attnmux_sage import SageSLAAttentionImpl, sage_attention
 from attnmux_sage.bench import CASES, LIMIT, prepare
 from attnmux_sla import SLAAttentionImpl
-
-
-def captured(run, *inputs):
-    """The replay of a CUDA graph of a call on these inputs, after a check that it gives the bits of the call."""
-    expected = run(*inputs)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run(*inputs)
-    graph.replay()
-    if not torch.equal(out, expected):
-        raise RuntimeError("the graph's output is not that of the call it was captured from")
-    return graph.replay
 
 
 def dense_runs(case, device):
@@ -71,58 +49,22 @@ def sla_runs(case, device):
         )
 
 
-class Run:
-    """One run of the benchmark: clock, rows so far, and the file that they are written to after each number."""
+class SageRun(Run):
+    """A run of this benchmark."""
 
-    def __init__(self, arguments):
-        device = torch.device(arguments.device)
-        if device.type == "cuda":
-            device = torch.device("cuda", device.index or 0)
-            torch.cuda.set_device(device)
-        self.device, self.output = device, arguments.output
-        self.budget_s = 0.02 if arguments.quick else arguments.budget
-        self.clock, self.environment = make_clock(device), describe_environment(device, commit=os.environ.get("COMMIT"))
-        self.rows, self.started = [], time.monotonic()
-
-    def seconds(self):
-        return time.monotonic() - self.started
-
-    def say(self, text):
-        sys.stdout.write(f"{self.seconds():6.1f} s  {text}\n")
-        sys.stdout.flush()
-
-    def add(self, row):
-        self.rows.append(row)
-        write_rows(self.output, self.rows)
-        number = f"{row['median_ms']:.4f} ms" if row["median_ms"] else row.get("refused")
-        self.say(f"  {row['backend']} {row['engine']}: {number}")
-
-    def measure(self, case, make, backend, engine, is_peer=False):
-        """Add the row of a workload; an error is the row of what raised it, and the others go on."""
-        try:
-            workload = make()
-            for row in measure_workload(
-                workload, self.clock, self.environment, device=self.device, budget_s=self.budget_s
-            ):
-                self.add(row)
-                if self.device.type == "cuda" and not is_peer and row["gate"] == "green":
-                    self.add(self.graph_row(workload, row))
-        except Exception as error:  # noqa: BLE001 - whatever a competitor raises is its row
-            text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-            for row in refused_rows(
-                case, self.environment, backend=backend, engine=engine, is_peer=is_peer, refused=text
-            ):
-                self.add(row)
+    def measure_ours(self, workload):
+        """Add the row of a workload, and that of its CUDA graph."""
+        who = {"backend": workload.backend, "is_peer": False}
+        added = self.add_workload(workload.case, lambda: workload, engine=workload.engine, **who)
+        for row in added:
+            if self.device.type == "cuda" and row["gate"] == "green":
+                engine = f"{workload.engine}, CUDA graph"
+                self.add_or_refuse(workload.case, lambda row=row: [self.graph_row(workload, row)], engine=engine, **who)
 
     def graph_row(self, workload, row):
         """The same call as a CUDA graph, under the gate that the call has passed."""
         case = workload.case
-        generator = torch.Generator(self.device).manual_seed(0)
-        dtype = getattr(torch, case.dtype)
-        inputs = [
-            torch.randn(case.B, length, heads, case.D, generator=generator, device=self.device, dtype=dtype)
-            for length, heads in ((case.S_q, case.H), (case.S_k, case.H_kv), (case.S_k, case.H_kv))
-        ]
+        inputs = draw_inputs(case, self.device)
         with torch.no_grad():
             timing = measure(captured(workload.attend, *inputs), self.clock, budget_s=self.budget_s)
         return make_row(
@@ -136,9 +78,7 @@ class Run:
             return
         from attnmux_sage.kernels.quantise import launch_quantise
 
-        generator = torch.Generator(self.device).manual_seed(0)
-        shape, dtype = (case.B, case.S_q, case.H, case.D), getattr(torch, case.dtype)
-        q, k, v = (torch.randn(shape, generator=generator, device=self.device, dtype=dtype) for _ in range(3))
+        q, k, v = draw_inputs(case, self.device)
         for pv in ("fp8", "bf16"):
             timing = measure(
                 lambda pv=pv: launch_quantise(q, k, v, softmax_scale=case.D**-0.5, fp8_values=pv == "fp8"),
@@ -160,7 +100,7 @@ def main():
     parser.add_argument("--budget", type=float, default=0.25, help="seconds for the timed runs of one number")
     parser.add_argument("--limit", type=float, default=165.0, help="seconds after which nothing is begun")
     arguments = parser.parse_args()
-    run = Run(arguments)
+    run = SageRun(arguments)
 
     def prepared(case):
         case = case.shrunk() if arguments.quick else case
@@ -177,11 +117,12 @@ def main():
             continue
         run.say(f"{name}, {case.name} S={case.S_q}")
         if make is None:
-            for key in (("SDPA", "cudnn"), ("SAGEATTENTION", "triton")):
-                run.measure(case, lambda key=key, case=case: DENSE_PEERS[key](case), *key, is_peer=True)
+            for backend, engine in (("SDPA", "cudnn"), ("SAGEATTENTION", "triton")):
+                make_peer = functools.partial(DENSE_PEERS[backend, engine], case)
+                run.add_workload(case, make_peer, backend=backend, engine=engine, is_peer=True)
             continue
         for workload in make(case, run.device):
-            run.measure(case, lambda workload=workload: workload, workload.backend, workload.engine)
+            run.measure_ours(workload)
         if name == "dense":
             run.measure_quantisation(case)
         if run.device.type == "cuda":

@@ -12,16 +12,15 @@ commit where there is no git.
 
 import argparse
 import dataclasses
-import os
+import functools
 import sys
-import time
 
 import torch
-from captured import captured
 from peers import DENSE_PEERS
 from peers.sla_main import sla_main
+from run import Run, captured
 
-from attnmux.bench import describe_environment, make_clock, measure, measure_workload, refused_rows, write_rows
+from attnmux.bench import measure
 from attnmux.bench.record import make_row
 from attnmux.testing import measure_error
 from attnmux_blocksparse import block_sparse_attention, select_top_blocks
@@ -30,6 +29,7 @@ from attnmux_sla.bench import CASES
 from attnmux_sla.reference import linear_attention
 
 OURS = "SLA_ATTN"
+PEERS = (("SLA", "main branch", sla_main), ("SDPA", "cudnn", DENSE_PEERS["SDPA", "cudnn"]))
 LIMIT = {"bfloat16": 1e-2, "float16": 1e-2, "float32": 1e-4}
 """Largest relative L2 error of the gate: the error rule's, for gradients."""
 
@@ -175,26 +175,14 @@ def main():
     parser.add_argument("--budget", type=float, default=0.25, help="seconds for the timed runs of one number")
     parser.add_argument("--limit", type=float, default=165.0, help="seconds after which no case is begun")
     arguments = parser.parse_args()
-    started = time.monotonic()
-    device = torch.device(arguments.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)
-    budget_s = 0.02 if arguments.quick else arguments.budget
-    clock = make_clock(device)
-    environment = describe_environment(device, commit=os.environ.get("COMMIT"))
-    rows = []
-
-    def say(text):
-        sys.stdout.write(f"{time.monotonic() - started:6.1f} s  {text}\n")
-        sys.stdout.flush()
-
+    run = Run(arguments)
+    device = run.device
     for case in CASES[OURS]:
         title = f"{case.name} S={case.S_q} keep={case.keep}"
         if arguments.only not in title:
             continue
-        if time.monotonic() - started > arguments.limit:
-            say(f"{title}: not begun, {arguments.limit:g} s are over")
+        if run.seconds() > arguments.limit:
+            run.say(f"{title}: not begun, {arguments.limit:g} s are over")
             continue
         if arguments.quick:
             case = case.shrunk()
@@ -204,14 +192,12 @@ def main():
         impl = make_impl(case, device)
         index = select_blocks(*tensors[:2], topk_ratio=case.keep, block_q=case.block_q, block_k=case.block_k)
         errors = gate(impl, case, index, tensors)
-        say(f"{title}: errors {', '.join(f'{name} {error:.1e}' for name, error in errors.items())}")
-        for row in timed_rows(case, impl, index, tensors, errors, clock, environment, budget_s):
-            rows.append(row)
-            write_rows(arguments.output, rows)
-            say(f"  {row['engine']}, {row['direction']}: {row['median_ms'] or float('nan'):.3f} ms")
+        run.say(f"{title}: errors {', '.join(f'{name} {error:.1e}' for name, error in errors.items())}")
+        for row in timed_rows(case, impl, index, tensors, errors, run.clock, run.environment, run.budget_s):
+            run.add(row)
         if arguments.parts and device.type == "cuda":
-            for name, milliseconds in part_times(case, impl, index, tensors, clock, budget_s).items():
-                say(f"    {name}: {milliseconds:.4f} ms")
+            for name, milliseconds in part_times(case, impl, index, tensors, run.clock, run.budget_s).items():
+                run.say(f"    {name}: {milliseconds:.4f} ms")
             leaves = [x.detach().requires_grad_() for x in tensors[:3]]
             wanted = [*leaves, *impl.parameters()]
 
@@ -220,30 +206,13 @@ def main():
 
             for name, microseconds in profile_kernels(train).items():
                 if microseconds > 1:
-                    say(f"    {microseconds:8.1f} us  {name}")
+                    run.say(f"    {microseconds:8.1f} us  {name}")
         if not arguments.no_peers:
-            for row in peer_rows(case, clock, environment, device, budget_s):
-                rows.append(row)
-                write_rows(arguments.output, rows)
-                say(f"  {row['backend']}, {row['direction']}: {row['median_ms'] or row.get('refused')}")
+            for backend, engine, peer in PEERS:
+                run.add_workload(case, functools.partial(peer, case), backend=backend, engine=engine, is_peer=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return 0
-
-
-def peer_rows(case, clock, environment, device, budget_s):
-    for backend, engine, make in (("SLA", "main branch", sla_main), ("SDPA", "cudnn", DENSE_PEERS["SDPA", "cudnn"])):
-        rows = []
-        try:
-            for row in measure_workload(make(case), clock, environment, device=device, budget_s=budget_s):
-                rows.append(row)  # noqa: PERF402 - a backward that raises leaves the forward's row
-        except Exception as error:  # noqa: BLE001 - whatever a competitor raises is its row, and the others go on
-            text = " ".join(f"{type(error).__name__}: {error}".split())[:600]
-            done = tuple(row["direction"] for row in rows)
-            rows += refused_rows(
-                case, environment, backend=backend, engine=engine, is_peer=True, refused=text, done=done
-            )
-        yield from rows
 
 
 if __name__ == "__main__":

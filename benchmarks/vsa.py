@@ -12,16 +12,15 @@ environment variable COMMIT names the commit where there is no git.
 
 import argparse
 import dataclasses
-import os
+import functools
 import sys
-import time
 
 import torch
-from captured import captured
 from peers import DENSE_PEERS
 from peers.fastvideo_vsa import video_sparse_attention as fastvideo
+from run import Run, captured
 
-from attnmux.bench import Case, describe_environment, make_clock, measure, measure_workload, refused_rows, write_rows
+from attnmux.bench import Case, measure
 from attnmux.bench.record import make_row
 from attnmux.testing import measure_error
 from attnmux_blocksparse import BlockIndex, block_sparse_attention
@@ -129,43 +128,8 @@ def fastvideo_rows(case, tiling, tensors, pairs, clock, environment, budget_s):
     yield row("backward", lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
 
 
-class Run:
-    """One run of the benchmark: clock, rows so far, and the file that they are written to after each number."""
-
-    def __init__(self, arguments):
-        device = torch.device(arguments.device)
-        if device.type == "cuda":
-            device = torch.device("cuda", device.index or 0)
-            torch.cuda.set_device(device)
-        self.device, self.output = device, arguments.output
-        self.budget_s = 0.02 if arguments.quick else arguments.budget
-        self.clock, self.environment = make_clock(device), describe_environment(device, commit=os.environ.get("COMMIT"))
-        self.rows, self.started = [], time.monotonic()
-
-    def seconds(self):
-        return time.monotonic() - self.started
-
-    def say(self, text):
-        sys.stdout.write(f"{self.seconds():6.1f} s  {text}\n")
-        sys.stdout.flush()
-
-    def add(self, row):
-        self.rows.append(row)
-        write_rows(self.output, self.rows)
-        number = f"{row['median_ms']:.3f} ms" if row["median_ms"] else row.get("refused")
-        self.say(f"  {row['backend']} {row['engine']}, {row['direction']}: {number}")
-
-    def add_or_refuse(self, case, rows, *, backend, engine, is_peer):
-        """Add rows as they come; an error is the row of what raised it, and the others go on."""
-        try:
-            for row in rows():
-                self.add(row)
-        except Exception as error:  # noqa: BLE001
-            text = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-            for row in refused_rows(
-                case, self.environment, backend=backend, engine=engine, is_peer=is_peer, refused=text
-            ):
-                self.add(row)
+class VsaRun(Run):
+    """A run of this benchmark."""
 
     def measure_ours(self, case):
         """Check a case, then add our rows."""
@@ -211,14 +175,8 @@ class Run:
 
     def measure_dense(self, case):
         dense = Case(name=case.name, S_q=case.S_q, H=case.H, D=case.D, dtype=case.dtype)
-        self.add_or_refuse(
-            dense,
-            lambda: measure_workload(
-                DENSE_PEERS["SDPA", "cudnn"](dense), self.clock, self.environment, device=self.device,
-                budget_s=self.budget_s,
-            ),
-            backend="SDPA", engine="cudnn", is_peer=True,
-        )  # fmt: skip
+        make = functools.partial(DENSE_PEERS["SDPA", "cudnn"], dense)
+        self.add_workload(dense, make, backend="SDPA", engine="cudnn", is_peer=True)
 
 
 def main():
@@ -229,7 +187,7 @@ def main():
     parser.add_argument("--budget", type=float, default=0.2, help="seconds for the timed runs of one number")
     parser.add_argument("--limit", type=float, default=165.0, help="seconds after which nothing is begun")
     arguments = parser.parse_args()
-    run = Run(arguments)
+    run = VsaRun(arguments)
     cases = [case.shrunk() if arguments.quick else case for case in CASES[OURS]]
     if run.device.type == "cpu":
         cases = [dataclasses.replace(case, dtype="float32") for case in cases]
