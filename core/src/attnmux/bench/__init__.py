@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from attnmux.bench.harness import Clock, CpuClock, CudaClock, Timing, make_clock, measure
     from attnmux.bench.record import ROW_KEYS, Environment, describe_environment, read_rows, write_rows
     from attnmux.bench.runner import BenchOptions, run_backend
-    from attnmux.bench.workload import Prepared, Workload, measure_workload, refused_rows
+    from attnmux.bench.workload import Prepared, Workload, draw_inputs, measure_workload, refused_rows
 
 _HOMES = {
     "attnmux.bench.cases": ("DENSE_CASES", "Case", "parse_shape"),
@@ -27,7 +27,7 @@ _HOMES = {
     "attnmux.bench.harness": ("Clock", "CpuClock", "CudaClock", "Timing", "make_clock", "measure"),
     "attnmux.bench.record": ("ROW_KEYS", "Environment", "describe_environment", "read_rows", "write_rows"),
     "attnmux.bench.runner": ("BenchOptions", "run_backend"),
-    "attnmux.bench.workload": ("Prepared", "Workload", "measure_workload", "refused_rows"),
+    "attnmux.bench.workload": ("Prepared", "Workload", "draw_inputs", "measure_workload", "refused_rows"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -48,6 +48,7 @@ __all__ = [
     "Workload",
     "check_samples",
     "describe_environment",
+    "draw_inputs",
     "make_clock",
     "measure",
     "measure_workload",

@@ -107,7 +107,9 @@ def measure_workload(
         budget_s: Seconds for the timed runs of one direction.
     """
     case = workload.case
-    native = _draw(workload, device)
+    native = draw_inputs(case, device)
+    if workload.layout != "BSHD":
+        native = AttentionInputs(*(x.transpose(1, 2).contiguous() for x in native))
     for direction in ("forward", "backward"):
         if direction not in case.directions:
             continue
@@ -117,15 +119,16 @@ def measure_workload(
             yield _measure_backward(workload, native, clock, environment, budget_s)
 
 
-def _draw(workload: Workload, device: torch.device) -> AttentionInputs:
-    """Return inputs drawn on the device, in the layout of the workload, the same numbers in either."""
-    case = workload.case
+def draw_inputs(case: Case, device: torch.device) -> AttentionInputs:
+    """Return q `[B, S_q, H, D]`, k and v `[B, S_k, H_kv, D]` on which a case is measured: unit normals, always the same.
+
+    For a plugin whose pattern depends on q and k.
+    """
     generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, case.dtype)
 
     def draw(length: int, heads: int) -> torch.Tensor:
-        x = torch.randn(case.B, length, heads, case.D, generator=generator, device=device, dtype=dtype)
-        return x if workload.layout == "BSHD" else x.transpose(1, 2).contiguous()
+        return torch.randn(case.B, length, heads, case.D, generator=generator, device=device, dtype=dtype)
 
     return AttentionInputs(draw(case.S_q, case.H), draw(case.S_k, case.H_kv), draw(case.S_k, case.H_kv))
 

@@ -14,11 +14,18 @@ from attnmux_blocksparse.index import BlockIndex
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["CASES", "LIST_KINDS", "ListPattern", "make_index", "prepare"]
+__all__ = ["CASES", "LIST_KINDS", "ListPattern", "make_index", "prepare", "small_grid"]
 
 _BLOCKS = ((64, 64), (128, 64), (128, 128))
 _SINK_BLOCKS = 8
 _SHARED_BY_NEIGHBOURS = 0.7
+
+
+def small_grid(tokens: int) -> tuple[int, int, int]:
+    """Return the grid of a shrunk video: the box of so many tokens that is nearest to a cube; thin ones are mostly padding."""
+    divisors = [n for n in range(1, tokens + 1) if tokens % n == 0]
+    boxes = [(a, b, tokens // a // b) for a in divisors for b in divisors if tokens // a % b == 0]
+    return min(boxes, key=lambda box: (sum(box), box))
 
 
 def _case(kind: str, blocks: tuple[int, int], length: int = 32768, *, name: str = "", **shape: int) -> Case:

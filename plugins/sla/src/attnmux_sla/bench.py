@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
-from attnmux.bench import Case, DensePattern, Prepared
+from attnmux.bench import Case, DensePattern, Prepared, draw_inputs
 from attnmux_blocksparse.bench import ListPattern
 from attnmux_sla.backend import SLAAttentionMetadata
 from attnmux_sla.ops import select_blocks
 
 if TYPE_CHECKING:
+    import torch
+
     from attnmux.bench import Pattern
 
 __all__ = ["CASES", "prepare"]
@@ -40,15 +40,10 @@ def prepare(backend: str, case: Case, device: torch.device) -> Prepared:
 
 
 class _ChosenPattern:
-    """The blocks that are chosen for the inputs of `attnmux.bench`, which draws q and k from a generator with seed 0."""
+    """The blocks that are chosen for the inputs of `attnmux.bench`."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
-        generator = torch.Generator(device).manual_seed(0)
-        dtype = getattr(torch, case.dtype)
-        q, k = (
-            torch.randn(case.B, length, heads, case.D, generator=generator, device=device, dtype=dtype)
-            for length, heads in ((case.S_q, case.H), (case.S_k, case.H_kv))
-        )
+        q, k, _ = draw_inputs(case, device)
         index = select_blocks(q, k, topk_ratio=case.keep, block_q=case.block_q, block_k=case.block_k)
         self._lists = ListPattern(index, case)
 

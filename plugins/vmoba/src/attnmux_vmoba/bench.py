@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attnmux.bench import Case, Prepared
+from attnmux.bench import Case, Prepared, draw_inputs
 from attnmux.errors import UnsupportedRequestError
+from attnmux_blocksparse.bench import small_grid
 from attnmux_vmoba.backend import VMOBAAttentionMetadata, VMOBAAttentionMetadataBuilder
 from attnmux_vmoba.ops import select_bits
 from attnmux_vmoba.prepare import from_chunk_order, self_chunks, unpack_bits
@@ -54,7 +55,7 @@ def describe(case: Case) -> VMOBAAttentionMetadata:
     topk = LAYERS[kind][0]
     return VMOBAAttentionMetadataBuilder().build(
         0,
-        GRID if math.prod(GRID) == case.S_q else _small_grid(case.S_q),
+        GRID if math.prod(GRID) == case.S_q else small_grid(case.S_q),
         (1, 1, 1),
         temporal_topk=topk,
         spatial_topk=topk,
@@ -65,13 +66,6 @@ def describe(case: Case) -> VMOBAAttentionMetadata:
         spatial_layer=spatial_layer,
         st_layer=st_layer,
     )
-
-
-def _small_grid(tokens: int) -> tuple[int, int, int]:
-    """The box of so many tokens that is nearest to a cube."""
-    divisors = [n for n in range(1, tokens + 1) if tokens % n == 0]
-    boxes = [(a, b, tokens // a // b) for a in divisors for b in divisors if tokens // a % b == 0]
-    return min(boxes, key=lambda box: (sum(box), box))
 
 
 def prepare(backend: str, case: Case, device: torch.device) -> Prepared:
@@ -87,14 +81,7 @@ def prepare(backend: str, case: Case, device: torch.device) -> Prepared:
     assert kind is not None
     chunks = metadata.chunks[kind]
     assert chunks is not None
-    # the inputs of attnmux.bench, which draws q and k from a generator with seed 0
-    generator = torch.Generator(device).manual_seed(0)
-    q, k = (
-        torch.randn(
-            case.B, case.S_q, heads, case.D, generator=generator, device=device, dtype=getattr(torch, case.dtype)
-        )
-        for heads in (case.H, case.H_kv)
-    )
+    q, k, _ = draw_inputs(case, device)
     return Prepared(ChosenPattern(q, k, chunks, metadata.selection(kind)), metadata)
 
 

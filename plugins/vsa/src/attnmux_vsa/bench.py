@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attnmux.bench import Case, Prepared
+from attnmux.bench import Case, Prepared, draw_inputs
 from attnmux.errors import UnsupportedRequestError
+from attnmux_blocksparse.bench import small_grid
 from attnmux_vsa.backend import VideoSparseAttentionMetadata
 from attnmux_vsa.ops import select_tiles
 from attnmux_vsa.prepare import VSA_TILE_SIZE, VideoTiling, build_video_tiling
@@ -74,17 +75,10 @@ def make_tiling(case: Case, device: torch.device) -> VideoTiling:
     video = known.get((case.name, case.lists))
     if video is None:
         raise UnsupportedRequestError(f"case {case.name!r} with lists={case.lists!r} is not one of {list(known)}")
-    grid = video.grid if math.prod(video.grid) == case.S_q else _small_grid(case.S_q)
+    grid = video.grid if math.prod(video.grid) == case.S_q else small_grid(case.S_q)
     return build_video_tiling(
         grid, sparsity=1 - case.keep, tile_size=video.tile_size, tile_policy=video.tile_policy, device=device
     )
-
-
-def _small_grid(tokens: int) -> Triple:
-    """The grid of a shrunk case: the box of so many tokens that is nearest to a cube, so that tiles are not mostly padding."""
-    divisors = [n for n in range(1, tokens + 1) if tokens % n == 0]
-    boxes = [(a, b, tokens // a // b) for a in divisors for b in divisors if tokens // a % b == 0]
-    return min(boxes, key=lambda box: (sum(box), box))
 
 
 def prepare(backend: str, case: Case, device: torch.device) -> Prepared:
@@ -96,13 +90,7 @@ def prepare(backend: str, case: Case, device: torch.device) -> Prepared:
         device: Where the inputs live.
     """
     tiling = make_tiling(case, device)
-    # the inputs of attnmux.bench, which draws q and k from a generator with seed 0
-    generator = torch.Generator(device).manual_seed(0)
-    dtype = getattr(torch, case.dtype)
-    q, k = (
-        torch.randn(case.B, case.S_q, heads, case.D, generator=generator, device=device, dtype=dtype)
-        for heads in (case.H, case.H_kv)
-    )
+    q, k, _ = draw_inputs(case, device)
     metadata = VideoSparseAttentionMetadata(current_timestep=0, **vars(tiling))
     return Prepared(TilePattern(tiling, select_tiles(q, k, tiling)), metadata)
 
