@@ -1,5 +1,5 @@
 """What the constructors, the reference and the operator share, and operators of other packages around this one: index
-arithmetic (masks to lists, lists to their transpose), the type that is computed in, the factor on the scores.
+arithmetic (masks to lists, lists to their transpose), checks of tensors, the type that is computed in, the factor on the scores.
 """
 
 from __future__ import annotations
@@ -31,6 +31,45 @@ def resolve_scale(softmax_scale: float | None, head_size: int) -> float:
     if not -math.inf < softmax_scale < math.inf:
         raise UnsupportedRequestError(f"softmax_scale must be finite, got {softmax_scale!r}")
     return float(softmax_scale)
+
+
+def check_tensors(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, dtypes: tuple[torch.dtype, ...] | None = None
+) -> None:
+    """Refuse tensors that do not fit together, naming the first.
+
+    Args:
+        q: To be `[B, S_q, H, D]` with D contiguous.
+        k: To be `[B, S_k, H_kv, D]`, dtype and device of q, likewise strided; H_kv divides H.
+        v: To be like k.
+        dtypes: What each may be; None = any floating type.
+
+    Raises:
+        UnsupportedRequestError: They are not, or one of them is empty.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise UnsupportedRequestError(f"{name} must have 4 dimensions, got shape {tuple(x.shape)}")
+        if dtypes is not None and x.dtype not in dtypes:
+            raise UnsupportedRequestError(f"{name} has dtype {x.dtype}; supported: {', '.join(map(str, dtypes))}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise UnsupportedRequestError(
+                f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; type and device must agree"
+            )
+        if x.stride(3) != 1 and x.shape[3] > 1:
+            raise UnsupportedRequestError(f"the last dimension of {name} must be contiguous; strides are {x.stride()}")
+        if 0 in x.shape:
+            raise UnsupportedRequestError(f"{name} is empty: shape {tuple(x.shape)}")
+    if not q.is_floating_point():
+        raise UnsupportedRequestError(f"q, k and v must be floating point, got {q.dtype}")
+    if k.shape != v.shape:
+        raise UnsupportedRequestError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise UnsupportedRequestError(
+            f"k and v must have the batch and head size of q, {q.shape[0]} and {q.shape[3]}, got {k.shape[0]} and {k.shape[3]}"
+        )
+    if q.shape[2] % k.shape[2]:
+        raise UnsupportedRequestError(f"q has {q.shape[2]} heads and k has {k.shape[2]}; H must be a multiple of H_kv")
 
 
 def lists_from_mask(mask: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:

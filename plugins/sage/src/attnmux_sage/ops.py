@@ -8,7 +8,7 @@ import torch
 
 from attnmux.errors import UnsupportedRequestError
 from attnmux_blocksparse.index import BlockIndex
-from attnmux_blocksparse.prepare import resolve_scale
+from attnmux_blocksparse.prepare import check_tensors, resolve_scale
 from attnmux_sage import reference
 from attnmux_sage.kernels import ENGINES, PV_TYPES, KernelRequest, choose_engine, default_pv, keys_per_step
 from attnmux_sage.prepare import HEAD_SIZES, KEY_BLOCK, QUERY_TILE, quantise
@@ -120,27 +120,7 @@ def refuse_gradients(what: str, *tensors: torch.Tensor | None) -> None:
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Refuse tensors that do not fit together, naming the first."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise UnsupportedRequestError(f"{name} must have 4 dimensions, got shape {tuple(x.shape)}")
-        if x.dtype not in _DTYPES:
-            raise UnsupportedRequestError(f"{name} has dtype {x.dtype}; supported: {', '.join(map(str, _DTYPES))}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise UnsupportedRequestError(
-                f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; type and device must agree"
-            )
-        if x.stride(3) != 1 and x.shape[3] > 1:
-            raise UnsupportedRequestError(f"the last dimension of {name} must be contiguous; strides are {x.stride()}")
-        if 0 in x.shape:
-            raise UnsupportedRequestError(f"{name} is empty: shape {tuple(x.shape)}")
-    if k.shape != v.shape:
-        raise UnsupportedRequestError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise UnsupportedRequestError(
-            f"k and v must have the batch and head size of q, {q.shape[0]} and {q.shape[3]}, got {k.shape[0]} and {k.shape[3]}"
-        )
-    if q.shape[2] % k.shape[2]:
-        raise UnsupportedRequestError(f"q has {q.shape[2]} heads and k has {k.shape[2]}; H must be a multiple of H_kv")
+    check_tensors(q, k, v, dtypes=_DTYPES)
     if q.shape[3] not in HEAD_SIZES:
         raise UnsupportedRequestError(
             f"head_dim={q.shape[3]} is not supported; head sizes are {HEAD_SIZES[0]} to {HEAD_SIZES[-1]} in steps of "

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from attnmux.errors import UnsupportedRequestError
 from attnmux_blocksparse.index import BlockIndex
 from attnmux_blocksparse.ops import block_sparse_attention, select_top_blocks
-from attnmux_blocksparse.prepare import compute_dtype, resolve_scale
+from attnmux_blocksparse.prepare import check_tensors, compute_dtype, resolve_scale
 from attnmux_sla import reference
 from attnmux_sla.kernels import ENGINES, HALF_TYPES, choose_engine
 from attnmux_sla.prepare import (
@@ -278,27 +278,7 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_q: int, bloc
     for name, block in (("block_q", block_q), ("block_k", block_k)):
         if block not in _BLOCK_SIZES:
             raise UnsupportedRequestError(f"{name}={block!r} is not supported; block sizes are 64, 128 and 256 tokens")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise UnsupportedRequestError(f"{name} must have 4 dimensions, got shape {tuple(x.shape)}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise UnsupportedRequestError(
-                f"{name} is {x.dtype} on {x.device}, q is {q.dtype} on {q.device}; type and device must agree"
-            )
-        if x.stride(3) != 1 and x.shape[3] > 1:
-            raise UnsupportedRequestError(f"the last dimension of {name} must be contiguous; strides are {x.stride()}")
-        if 0 in x.shape:
-            raise UnsupportedRequestError(f"{name} is empty: shape {tuple(x.shape)}")
-    if not q.is_floating_point():
-        raise UnsupportedRequestError(f"q, k and v must be floating point, got {q.dtype}")
-    if k.shape != v.shape:
-        raise UnsupportedRequestError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise UnsupportedRequestError(
-            f"k and v must have the batch and head size of q, {q.shape[0]} and {q.shape[3]}, got {k.shape[0]} and {k.shape[3]}"
-        )
-    if q.shape[2] % k.shape[2]:
-        raise UnsupportedRequestError(f"q has {q.shape[2]} heads and k has {k.shape[2]}; H must be a multiple of H_kv")
+    check_tensors(q, k, v)
 
 
 def _check_options(

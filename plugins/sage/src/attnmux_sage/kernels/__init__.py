@@ -12,9 +12,9 @@ import torch
 
 from attnmux.errors import UnsupportedRequestError
 from attnmux.spec import Reason
+from attnmux_blocksparse.kernels import HALF_TYPES, device_capability
 from attnmux_blocksparse.kernels.arguments import tma_reason
 from attnmux_sage.kernels.configs import AUTOMATIC_ORDER
-from attnmux_sage.kernels.device import device_capability
 from attnmux_sage.kernels.official import official_reasons
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
 ]
 
 ENGINES = ("reference", "triton", "hopper", "official")
-HALF_TYPES = (torch.bfloat16, torch.float16)
 PV_TYPES = ("fp8", "bf16")
 # Compute capabilities from which on there are instructions for INT8 and half types, and for e4m3.
 HALF_MINIMUM, FP8_MINIMUM = (8, 0), (8, 9)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnmux.spec import Reason
+from attnmux_blocksparse.kernels import device_capability
 from attnmux_blocksparse.prepare import mask_from_lists
-from attnmux_sage.kernels.device import device_capability
 from attnmux_sage.prepare import KEY_BLOCK, QUERY_TILE
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ import torch
 
 from attnmux.errors import UnsupportedRequestError
 from attnmux.spec import Reason
+from attnmux_blocksparse.kernels import HALF_TYPES
 
 __all__ = ["ENGINES", "HALF_TYPES", "choose_engine", "triton_reasons"]
 
 ENGINES = ("reference", "triton")
-HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
 def triton_reasons(q: torch.Tensor, k: torch.Tensor, dtypes: tuple[torch.dtype, ...] = HALF_TYPES) -> list[Reason]:
