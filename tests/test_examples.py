@@ -36,8 +36,10 @@ def test_diffusers_wan_shows_every_backend_in_a_table_and_a_picture(tmp_path):
 def test_page_shows_what_the_record_of_the_example_says():
     record = json.loads((ROOT / "benchmarks" / "results" / "diffusers_wan.json").read_text())
     page = (ROOT / "docs" / "integrations.md").read_text()
-    shown = dict(re.findall(r"^\| `(\w+_ATTN|TORCH_SDPA)` \|.*\| (\S+) \|$", page, re.MULTILINE))
-    assert shown == {row["attention"]: f"{row['distance']:.1e}" for row in record["rows"][1:]}
+    own, *rows = (row for row in record["rows"] if "error" not in row)
+    shown = re.findall(r"^\| `(\w+_ATTN|TORCH_SDPA)` \|[^|]*\| (\d+) \| (\S+) \|$", page, re.MULTILINE)
+    assert shown == [(row["attention"], f"{row['ms_per_step']:.0f}", f"{row['distance']:.1e}") for row in rows]
+    assert f"the model's own: {own['ms_per_step']:.0f}" in page
     assert f"{record['tokens']:,} tokens, {record['layers']} layers of {record['heads']} heads" in page
 
 
