@@ -310,6 +310,15 @@ def test_blocks_compile_once_for_all_layers_of_a_kind_and_all_steps(make, option
 
 
 @torch.no_grad()
+def test_blocks_compile_before_the_first_pass(make, compiled_afresh):
+    tiny = make()
+    own = tiny()
+    with apply(tiny.model, "VSA", metadata={"VSA_sparsity": 0.0}):
+        tiny.model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+        assert torch.allclose(tiny(), own, atol=1e-4)
+
+
+@torch.no_grad()
 def test_whole_model_compiles_where_no_metadata_are_needed_and_is_refused_where_they_are(make, compiled_afresh):
     tiny = make()
     own = tiny()

@@ -40,9 +40,11 @@ class ForwardContext:
     attn_metadata: AttentionMetadata | None
 
 
-# A ContextVar cannot be read under torch.compile(fullgraph=True); a thread-local can.
+# A ContextVar cannot be read under torch.compile(fullgraph=True); a thread-local can, if what it holds is the instance's:
+# values that a class has for all threads are guarded on as the class's.
 class _Local(threading.local):
-    context: ForwardContext | None = None
+    def __init__(self) -> None:
+        self.context: ForwardContext | None = None
 
 
 _local = _Local()

@@ -27,7 +27,8 @@ GATE = "gate_compress"
 class _Phase(threading.local):
     """The phase of the schedule in which the current forward pass of this thread is."""
 
-    index: int = 0
+    def __init__(self) -> None:
+        self.index: int = 0
 
 
 phase = _Phase()

@@ -34,8 +34,9 @@ class _Active(threading.local):
     A thread-local, because torch.compile(fullgraph=True) traces it and no ContextVar.
     """
 
-    processor: AttnmuxProcessor | None = None
-    gate: torch.Tensor | None = None
+    def __init__(self) -> None:
+        self.processor: AttnmuxProcessor | None = None
+        self.gate: torch.Tensor | None = None
 
 
 active = _Active()
