@@ -3,13 +3,15 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py distributed.json --plot distributed.png
     python benchmarks/distributed.py out.json                  (one GPU: what the layer costs at one rank)
     torchrun --nproc-per-node 2 benchmarks/distributed.py out.json --device cpu --quick     (a dry run)
+    torchrun --nproc-per-node 2 benchmarks/distributed.py out.json --rehearse               (on one GPU that ranks share)
 
 The sequence is Wan 14B's: 75,600 tokens of 40 heads of 128 channels in bfloat16. Efficiency is T1 / (P * TP): T1 is LocalAttention
 on the whole sequence, on all ranks at once, as heat and power are shared; TP the distributed layer. Ranks are aligned before
 each run and the slowest counts; T1 is measured before and after TP, and a row whose two T1 differ by more than 2 % says so.
 Nothing is timed whose result is wrong on a short sequence in the same process. On one GPU it times one rank's share of the work,
 transfers left out, an upper bound of the efficiency, and what the layer adds where it is alone. What is computed and not
-measured, for more GPUs than there are, is in rows of their own, made from this run's numbers alone.
+measured, for more GPUs than there are, is in rows of their own, made from this run's numbers alone. A rehearsal runs every
+case and its gate, over gloo and on a short video; what it would time means nothing, and is not kept.
 """
 
 import argparse
@@ -189,14 +191,16 @@ def measure_strategy(backend, strategy, shape, sp, arguments, direction):
     several_run = wrap(several, *own, plan=plan, attn_metadata=metadata)
     with count_traffic() as traffic:
         several_run()
-    single, shared, drift = compare(
+    measured = compare(
         shape.device, wrap(local, *tensors, attn_metadata=metadata), several_run, arguments.repetitions
     )
     counted = {"collectives": traffic.collectives, "bytes_sent": traffic.bytes_sent}
-    return {**row, "gate": "green", **counted, **times(single, shared, drift, sp.size)}
+    return {**row, "gate": "green", **counted, **times(*measured, sp.size, arguments)}
 
 
-def times(single, shared, drift, size):
+def times(single, shared, drift, size, arguments):
+    if arguments.rehearse:
+        return {"rehearsed": True}
     return {
         "t1_ms": single.median_ms,
         "t1_p20_ms": single.p20_ms,
@@ -226,7 +230,7 @@ def measure_peer(name, make, shape, sp, arguments):
     plan = SeqPlan.balanced(shape.tokens, sp.size)
     tensors = shape.draw()
     runs = without_gradients(local, *tensors), without_gradients(attend, *shard(tensors, plan, sp.rank))
-    measured = times(*compare(shape.device, *runs, arguments.repetitions), sp.size)
+    measured = times(*compare(shape.device, *runs, arguments.repetitions), sp.size, arguments)
     return {**row, "gate": "green", **measured}
 
 
@@ -322,7 +326,7 @@ def measure_share(shape, ranks, strategy, arguments):
         run()
         fill[0] = False
         single, shared, drift = compare(shape.device, without_gradients(local, *tensors), run, arguments.repetitions)
-    return {"ranks": ranks, "strategy": strategy, **times(single, shared, drift, ranks)}
+    return {"ranks": ranks, "strategy": strategy, **times(single, shared, drift, ranks, arguments)}
 
 
 class Finished:
@@ -332,7 +336,7 @@ class Finished:
 
 def compute_rows(parts, size, between_nodes):
     """What this run's numbers give for 8 GPUs of one host, and for 64 of eight, whose link somebody has to have measured."""
-    if size < 2:
+    if size < 2 or not parts:
         return []
     # a rank sends 4 N (P - 1) / P elements, N = all tokens / P
     unit = parts["bytes_sent"] * size**2 / (size - 1)
@@ -374,7 +378,7 @@ def show(found):
     for row in found["rows"]:
         name = f"{row['backend']:20s} {row['strategy']:13s} {row['direction']:17s}"
         if "efficiency" not in row:
-            out(f"{name} {row['gate']}: {row['refused']}\n")
+            out(f"{name} {row['gate']}: {row.get('refused', 'it runs')}\n")
             continue
         note = "  (T1 drifted)" if row["drifted"] else ""
         out(f"{name} T1 {row['t1_ms']:9.3f} ms  TP {row['tp_ms']:9.3f} ms  efficiency {row['efficiency']:.4f}{note}\n")
@@ -388,13 +392,13 @@ def show(found):
     out("".join(f"computed, not measured: {json.dumps(row)}\n" for row in found["computed"]))
 
 
-def join(device):
+def join(backend):
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    return init_sequence_parallel(backend="nccl" if device == "cuda" else "gloo")
+    return init_sequence_parallel(backend=backend)
 
 
 def main():
@@ -402,6 +406,7 @@ def main():
     parser.add_argument("output")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="a tiny video")
+    parser.add_argument("--rehearse", action="store_true", help="run everything on ranks that share a GPU, and time nothing")
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument("--train", action="store_true", help="forward and backward together, too")
     parser.add_argument("--backends", nargs="+", default=["TORCH_SDPA", "FLASH_ATTN", "VIDEO_SPARSE_ATTN", "SLA_ATTN"])
@@ -411,10 +416,10 @@ def main():
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
 
-    sp = join(arguments.device)
+    sp = join("nccl" if arguments.device == "cuda" and not arguments.rehearse else "gloo")
     device = torch.device("cuda", torch.cuda.current_device()) if arguments.device == "cuda" else torch.device("cpu")
     shape = Shape(
-        *(QUICK if arguments.quick else WAN), torch.bfloat16 if device.type == "cuda" else torch.float32, device
+        *(QUICK if arguments.quick or arguments.rehearse else WAN), torch.bfloat16 if device.type == "cuda" else torch.float32, device
     )
     rows = []
     for backend in arguments.backends:
@@ -432,6 +437,8 @@ def main():
         rows.append(measure_peer(diffusers_ulysses.version(), make_diffusers, shape, sp, arguments))
         rows.append(measure_peer("FastVideo's passes", make_fastvideo, shape, sp, arguments))
     parts = measure_parts(shape, sp, arguments.repetitions)
+    if arguments.rehearse:
+        parts = {}
     one_rank, shares = None, []
     if sp.size == 1:
         one_rank = measure_one_rank(shape)
@@ -441,6 +448,7 @@ def main():
         **vars(environment),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else "",
         "ranks": sp.size,
+        "rehearsal": arguments.rehearse,
         "shape": {"tokens": shape.tokens, "heads": shape.heads, "head_size": shape.dim, "dtype": str(shape.dtype)},
         "sparsity": SPARSITY,
         "rows": rows,
@@ -452,7 +460,7 @@ def main():
     if sp.rank == 0:
         Path(arguments.output).write_text(json.dumps(found, indent=1) + "\n")
         show(found)
-        if arguments.plot:
+        if arguments.plot and not arguments.rehearse:
             plot(found, arguments.plot)
 
 

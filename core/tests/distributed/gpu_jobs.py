@@ -66,7 +66,7 @@ def strategy(sp, name, backend, causal, text):
 
 
 def sparse(sp, backend):
-    """Backends that choose keys head by head give the bits of one process, forward and backward, through strided views."""
+    """Backends that work head by head give the bits of one process, and their gradients if they have any, of strided views."""
     from attnmux import LocalAttention
 
     grid, heads = (8, 8, 9), 3
@@ -81,17 +81,27 @@ def sparse(sp, backend):
 
         mask = torch.rand(heads, 9, 9, generator=torch.Generator().manual_seed(3)) < 0.5
         metadata = BlockSparseAttentionMetadata(0, BlockIndex.from_block_mask(mask.cuda(), block_q=64, block_k=64))
+    elif backend == "VMOBA_ATTN":
+        from attnmux_vmoba.backend import VMOBAAttentionMetadataBuilder
+
+        options["layer_idx"] = 0
+        metadata = VMOBAAttentionMetadataBuilder().build(
+            0, grid, (1, 1, 1), temporal_chunk_size=2, temporal_topk=2, spatial_chunk_size=(4, 3), spatial_topk=3,
+            st_chunk_size=(4, 4, 3), st_topk=3, device="cuda",
+        )  # fmt: skip
     generator = torch.Generator("cuda").manual_seed(0)
     tensors = [torch.randn(1, length, heads, DIM, generator=generator, device="cuda").bfloat16() for _ in range(4)]
     plan = SeqPlan.balanced(length, sp.size)
     own = slice(*plan.range_of(sp.rank))
 
     def run(layer, rows, **inputs):
-        leaves = [x[:, rows].clone().requires_grad_() for x in tensors[:3]]
+        trains = layer.selection.spec.capabilities.backward
+        leaves = [x[:, rows].clone().requires_grad_(trains) for x in tensors[:3]]
         output = layer.cuda()(*leaves, attn_metadata=metadata, **inputs)
         output = output[0] if isinstance(output, tuple) else output
-        output.backward(tensors[3][:, rows])
-        return [output.detach(), *(x.grad for x in leaves)]
+        if trains:
+            output.backward(tensors[3][:, rows])
+        return [output.detach(), *(x.grad for x in leaves if trains)]
 
     found = run(DistributedAttention(heads, DIM, sp_group=sp, **options), own, plan=plan)
     for which, (x, y) in enumerate(zip(found, run(LocalAttention(heads, DIM, **options), slice(None)), strict=True)):

@@ -32,7 +32,10 @@ def test_two_ranks_match_float64_in_bfloat16(gpu_pools, strategy, causal, text, 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["VIDEO_SPARSE_ATTN", "SLA_ATTN", "BLOCK_SPARSE_ATTN"])
+@pytest.mark.parametrize(
+    "backend",
+    ["VIDEO_SPARSE_ATTN", "SLA_ATTN", "BLOCK_SPARSE_ATTN", "VMOBA_ATTN", "SAGE_ATTN", "SAGE_SLA_ATTN"],
+)
 def test_sparse_backends_give_the_bits_of_one_process(gpu_pools, backend):
     available(backend)
     gpu_pools(2).run("sparse", backend)
