@@ -191,9 +191,7 @@ def measure_strategy(backend, strategy, shape, sp, arguments, direction):
     several_run = wrap(several, *own, plan=plan, attn_metadata=metadata)
     with count_traffic() as traffic:
         several_run()
-    measured = compare(
-        shape.device, wrap(local, *tensors, attn_metadata=metadata), several_run, arguments.repetitions
-    )
+    measured = compare(shape.device, wrap(local, *tensors, attn_metadata=metadata), several_run, arguments.repetitions)
     counted = {"collectives": traffic.collectives, "bytes_sent": traffic.bytes_sent}
     return {**row, "gate": "green", **counted, **times(*measured, sp.size, arguments)}
 
@@ -406,7 +404,9 @@ def main():
     parser.add_argument("output")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="a tiny video")
-    parser.add_argument("--rehearse", action="store_true", help="run everything on ranks that share a GPU, and time nothing")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run everything on ranks that share a GPU, and time nothing"
+    )
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument("--train", action="store_true", help="forward and backward together, too")
     parser.add_argument("--backends", nargs="+", default=["TORCH_SDPA", "FLASH_ATTN", "VIDEO_SPARSE_ATTN", "SLA_ATTN"])
@@ -419,7 +419,9 @@ def main():
     sp = join("nccl" if arguments.device == "cuda" and not arguments.rehearse else "gloo")
     device = torch.device("cuda", torch.cuda.current_device()) if arguments.device == "cuda" else torch.device("cpu")
     shape = Shape(
-        *(QUICK if arguments.quick or arguments.rehearse else WAN), torch.bfloat16 if device.type == "cuda" else torch.float32, device
+        *(QUICK if arguments.quick or arguments.rehearse else WAN),
+        torch.bfloat16 if device.type == "cuda" else torch.float32,
+        device,
     )
     rows = []
     for backend in arguments.backends:
