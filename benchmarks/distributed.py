@@ -34,14 +34,17 @@ from attnmux.bench import describe_environment
 from attnmux.bench.harness import CpuClock, Timing
 from attnmux.distributed import HeadPlan, count_traffic, exchange, ring
 from attnmux.distributed.collective import Pending, describe
-from attnmux.distributed.exchange import to_heads, to_shards
+from attnmux.distributed.exchange import Exchange, arrived_heads, arrived_shards, send_heads, send_shards
 from attnmux.errors import AttnmuxError
 from attnmux.testing import assert_close_to_oracle, dense_attention_baseline, dense_attention_oracle
 
 # tokens as a video, heads, channels
-WAN, QUICK = ((21, 45, 80), 40, 128), ((4, 8, 8), 8, 64)
+WAN, QUICK = ((21, 45, 80), 40, 128), ((4, 8, 8), 32, 64)
 SPARSITY = 0.9
 DRIFT = 0.02
+# with groups of heads
+ULYSSES = (("ulysses", 1), ("ulysses", 2), ("ulysses", 4))
+STRATEGIES = (*ULYSSES, ("ring", 1), ("allgather_kv", 1))
 
 
 class Shape:
@@ -101,12 +104,12 @@ def backend_options(backend, shape):
     return {}, None
 
 
-def layers(backend, strategy, shape, sp):
+def layers(backend, strategy, shape, sp, overlap=1):
     options, metadata = backend_options(backend, shape)
     options = {"backend": backend, "dtype": shape.dtype, **options}
     made = (
         LocalAttention(shape.heads, shape.dim, **options),
-        DistributedAttention(shape.heads, shape.dim, sp_group=sp, strategy=strategy, **options),
+        DistributedAttention(shape.heads, shape.dim, sp_group=sp, strategy=strategy, overlap=overlap, **options),
     )
     return *(layer.to(shape.device) for layer in made), metadata
 
@@ -143,9 +146,9 @@ def gate(attend, small, sp, *, same_bits_as=None):
     return next(filter(None, problems), "")
 
 
-def gate_layers(backend, strategy, shape, sp):
+def gate_layers(backend, strategy, shape, sp, overlap):
     small = short_of(shape)
-    local, several, metadata = layers(backend, strategy, small, sp)
+    local, several, metadata = layers(backend, strategy, small, sp, overlap)
     plan = SeqPlan.balanced(small.tokens, sp.size)
     is_exact = local.selection.spec.capabilities.exactness == "exact"
     return gate(
@@ -175,11 +178,11 @@ def with_gradients(function, *arguments, **options):
     return run
 
 
-def measure_strategy(backend, strategy, shape, sp, arguments, direction):
-    row = {"backend": backend, "strategy": strategy, "direction": direction, "peer": False}
+def measure_strategy(backend, strategy, overlap, shape, sp, arguments, direction):
+    row = {"backend": backend, "strategy": strategy, "overlap": overlap, "direction": direction, "peer": False}
     try:
-        local, several, metadata = layers(backend, strategy, shape, sp)
-        problem = gate_layers(backend, strategy, shape, sp)
+        local, several, metadata = layers(backend, strategy, shape, sp, overlap)
+        problem = gate_layers(backend, strategy, shape, sp, overlap)
     except (AttnmuxError, ImportError) as error:
         return {**row, "gate": "not run", "refused": str(error).splitlines()[0]}
     if problem:
@@ -215,7 +218,7 @@ def times(single, shared, drift, size, arguments):
 
 def measure_peer(name, make, shape, sp, arguments):
     """A peer of ulysses; `make` returns what it runs for the heads of one rank of a shape."""
-    row = {"backend": name, "strategy": "ulysses", "direction": "forward", "peer": True}
+    row = {"backend": name, "strategy": "ulysses", "overlap": 1, "direction": "forward", "peer": True}
     if shape.tokens % sp.size or shape.heads % sp.size:
         return {**row, "gate": "not run", "refused": "tokens and heads must be multiples of the ranks"}
     try:
@@ -248,9 +251,12 @@ def measure_parts(shape, sp, repetitions):
     group = sp if sp.size > 1 else SPGroup.from_group(dist.group.WORLD)
     settings = describe(group, {"case": "exchange alone"})
 
+    call = Exchange.of((heads,), "qkk", plan, sp.rank, settings)
+
     def exchange_alone():
-        q, _, _ = to_heads(own, [], [heads.q] * 3, plan, sp.rank, settings)
-        to_shards(q, heads.q, plan, sp.rank, settings)
+        (under_way,) = send_heads(call, own, [])
+        q, _, _ = arrived_heads(call, 0, under_way, 1, shape.dim)
+        arrived_shards(call, [send_shards(call, 0, q)], [q])
 
     with torch.no_grad(), count_traffic() as traffic:
         exchange_alone()
@@ -298,7 +304,7 @@ def measure_one_rank(shape):
     return found
 
 
-def measure_share(shape, ranks, strategy, arguments):
+def measure_share(shape, ranks, strategy, overlap, arguments):
     """One rank's share of the work on this GPU, transfers left out: what efficiency they leave to lose from."""
     fill = [True]
 
@@ -315,16 +321,17 @@ def measure_share(shape, ranks, strategy, arguments):
         dtype=shape.dtype,
         sp_group=SPGroup("left out", 0, ranks),
         strategy=strategy,
+        overlap=overlap,
     )
     local = LocalAttention(shape.heads, shape.dim, backend="TORCH_SDPA", dtype=shape.dtype)
     tensors, plan = shape.draw(), SeqPlan.balanced(shape.tokens, ranks)
     run = without_gradients(several, *shard(tensors, plan, 0), plan=plan)
-    with patch.object(exchange, "all_to_all", left_out), patch.object(ring, "start_all_to_all", left_out):
+    with patch.object(exchange, "begin_all_to_all", left_out), patch.object(ring, "start_all_to_all", left_out):
         run()
         run()
         fill[0] = False
         single, shared, drift = compare(shape.device, without_gradients(local, *tensors), run, arguments.repetitions)
-    return {"ranks": ranks, "strategy": strategy, **times(single, shared, drift, ranks, arguments)}
+    return {"ranks": ranks, "strategy": strategy, "overlap": overlap, **times(single, shared, drift, ranks, arguments)}
 
 
 class Finished:
@@ -359,7 +366,7 @@ def plot(found, path):
     rows = [row for row in found["rows"] if row["gate"] == "green"]
     figure = Figure(figsize=(7, 1.4 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    names = [f"{row['backend']} {row['strategy']} {row['direction']}" for row in rows]
+    names = [f"{row['backend']} {row['strategy']} x{row['overlap']} {row['direction']}" for row in rows]
     axes.barh(
         names,
         [100 * row["efficiency"] for row in rows],
@@ -374,7 +381,7 @@ def plot(found, path):
 def show(found):
     out = sys.stdout.write
     for row in found["rows"]:
-        name = f"{row['backend']:20s} {row['strategy']:13s} {row['direction']:17s}"
+        name = f"{row['backend']:20s} {row['strategy']:12s} x{row['overlap']} {row['direction']:18s}"
         if "efficiency" not in row:
             out(f"{name} {row['gate']}: {row.get('refused', 'it runs')}\n")
             continue
@@ -384,7 +391,7 @@ def show(found):
     for name, value in (found["one_rank"] or {}).items():
         out(f"one rank: {name}: {len(value) if isinstance(value, list) else value}\n")
     for row in found["shares_without_transfer"]:
-        name = f"{row['strategy']:8s} of {row['ranks']}, transfers left out"
+        name = f"{row['strategy']:8s} x{row['overlap']} of {row['ranks']}, transfers left out"
         speed = f"efficiency {row['efficiency']:.4f}  drift {row['drift']:.4f}"
         out(f"{name}: T1 {row['t1_ms']:.3f} ms  TP {row['tp_ms']:.3f} ms  {speed}\n")
     out("".join(f"computed, not measured: {json.dumps(row)}\n" for row in found["computed"]))
@@ -425,11 +432,9 @@ def main():
     )
     rows = []
     for backend in arguments.backends:
-        for strategy in (
-            ("ulysses", "ring", "allgather_kv") if backend in ("TORCH_SDPA", "FLASH_ATTN") else ("ulysses",)
-        ):
+        for strategy, overlap in STRATEGIES if backend in ("TORCH_SDPA", "FLASH_ATTN") else ULYSSES:
             for direction in ("forward", "forward + backward")[: 1 + arguments.train]:
-                rows.append(measure_strategy(backend, strategy, shape, sp, arguments, direction))
+                rows.append(measure_strategy(backend, strategy, overlap, shape, sp, arguments, direction))
                 if sp.size == 1:
                     break
             if sp.size == 1:
@@ -444,7 +449,7 @@ def main():
     one_rank, shares = None, []
     if sp.size == 1:
         one_rank = measure_one_rank(shape)
-        shares = [measure_share(shape, n, name, arguments) for n in (2, 8) for name in ("ulysses", "ring")]
+        shares = [measure_share(shape, n, *strategy, arguments) for n in (2, 8) for strategy in (*ULYSSES, ("ring", 1))]
     environment = describe_environment(device, commit=os.environ.get("COMMIT"))
     found = {
         **vars(environment),

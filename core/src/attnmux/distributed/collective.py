@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import importlib_metadata
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import _register_work
 from torch.distributed import distributed_c10d as c10d
 
 from attnmux.distributed.agreement import agree
@@ -19,7 +20,17 @@ if TYPE_CHECKING:
 
     from attnmux.distributed.group import SPGroup
 
-__all__ = ["Pending", "Traffic", "all_gather", "all_to_all", "count_traffic", "describe", "start_all_to_all"]
+__all__ = [
+    "Pending",
+    "Traffic",
+    "all_gather",
+    "all_to_all",
+    "arrived",
+    "begin_all_to_all",
+    "count_traffic",
+    "describe",
+    "start_all_to_all",
+]
 
 
 @dataclass
@@ -150,6 +161,44 @@ def start_all_to_all(
     except RuntimeError as error:
         raise SequenceParallelError(f"{failed}: {error}") from error
     return Pending(received, work, failed)
+
+
+def begin_all_to_all(
+    received: torch.Tensor,
+    sent: torch.Tensor,
+    elements_in: list[int],
+    elements_out: list[int],
+    operation: str,
+    settings: str,
+    sizes: dict[str, object],
+    *,
+    waits: bool,
+) -> None:
+    """Exchange flat buffers; without `waits` it is over when `arrived` returns. For the rest see `start_all_to_all`."""
+    pending = start_all_to_all(received, sent, elements_in, elements_out, operation, settings, sizes, waits=waits)
+    if not waits:
+        # by the tensor's memory: so a tensor can be under way from one operator to another, in a compiled graph too
+        _register_work(received, pending.work)
+
+
+def arrived(under_way: torch.Tensor, operation: str, settings: str) -> torch.Tensor:
+    """Return a tensor, in which something may be under way, once it is there; on a GPU the current stream waits, not the host.
+
+    Raises:
+        SequenceParallelError: Another rank died, or did not come within the timeout of the group. In code compiled around it
+            the error is torch's.
+    """
+    found: torch.Tensor
+    if torch.compiler.is_compiling():
+        found = torch.ops._c10d_functional.wait_tensor(under_way)
+        return found
+    try:
+        found = torch.ops._c10d_functional.wait_tensor(under_way)
+    except RuntimeError as error:
+        group: dist.ProcessGroup = c10d._resolve_process_group(settings.split("\n")[0])  # type: ignore[attr-defined, arg-type]
+        what = f"receiving {under_way.numel()}"
+        raise SequenceParallelError(f"{_failure(group, operation, what, under_way.dtype)}: {error}") from error
+    return found
 
 
 def all_to_all(
