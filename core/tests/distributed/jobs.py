@@ -123,7 +123,8 @@ def order(sp, overlap):
     log, begin, wait = [], exchange.begin_all_to_all, exchange.arrived
 
     def begins(*arguments, **options):
-        log.append(f"send {arguments[4]}")
+        group = arguments[5].rpartition("overlap_group=")[2] if overlap > 1 else 0
+        log.append(f"send {arguments[4]} {group}")
         return begin(*arguments, **options)
 
     def waits(under_way, operation, settings):

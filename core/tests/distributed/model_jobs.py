@@ -72,6 +72,12 @@ def compiled_order(sp):
     def record(graph, inputs):
         names = [getattr(node.target, "_opname", "") for node in graph.graph.nodes]
         logs.append([short.get(name, "attend") for name in names if name in short or "attention" in name])
+        nodes = {
+            name: [node for node in graph.graph.nodes if getattr(node.target, "_opname", "") == name] for name in short
+        }
+        for end in nodes["sp_arrived_shards"]:
+            # their memory must not be taken for anything else until they have been sent
+            assert list(end.args[1]) == [node.args[0] for node in nodes["sp_send_shards"]]
         return graph
 
     torch.compiler.reset()

@@ -72,19 +72,17 @@ def test_groups_of_heads_match_the_whole_sequence(pools):
     pools(2).run("compare", 9, 2, 6, 3, 2, True, True, False, "ulysses", 2)
 
 
-def passes(there, back, overlap):
+def passes(there, back, groups):
     # all leave before the first is waited for; each goes back before the next is
-    return [f"send {there}"] * overlap + [f"wait {there}", f"send {back}"] * overlap + [f"wait {back}"] * overlap
+    between = [step for group in groups for step in (f"wait {there}", f"send {back} {group}")]
+    return [f"send {there} {group}" for group in groups] + between + [f"wait {back}"] * len(groups)
 
 
-def test_the_next_group_of_heads_is_under_way_while_one_is_attended_to_backward_too(pools):
-    want = passes("to_heads", "to_shards", 2), passes("to_shards backward", "to_heads backward", 2)
-    assert pools(2).run("order", 2) == [want] * 2
-
-
-def test_a_single_group_of_heads_is_there_at_once(pools):
-    want = passes("to_heads", "to_shards", 1), passes("to_shards backward", "to_heads backward", 1)
-    assert pools(2).run("order", 1) == [want] * 2
+@pytest.mark.parametrize("overlap", [1, 2])
+def test_the_next_group_of_heads_is_under_way_while_one_is_attended_to_backward_too(pools, overlap):
+    forward = passes("to_heads", "to_shards", range(overlap))
+    backward = passes("to_shards backward", "to_heads backward", range(overlap)[::-1])
+    assert pools(2).run("order", overlap) == [(forward, backward)] * 2
 
 
 def test_causal_matches(pools):
