@@ -123,30 +123,43 @@ def short_of(shape):
     return Shape((5, 8, 9), shape.heads, shape.dim, shape.dtype, shape.device)
 
 
-def gate(attend, small, sp, *, same_bits_as=None):
+def results(function, tensors, weight, direction):
+    """The output, and the gradients where the direction has them."""
+    trains = direction != "forward"
+    leaves = [x.detach().requires_grad_(trains) for x in tensors]
+    output = function(*leaves)
+    gradients = torch.autograd.grad(output, leaves, weight.to(output.dtype)) if trains else ()
+    return [output.detach(), *gradients]
+
+
+def gate(attend, small, sp, direction, *, same_bits_as=None):
     """Return nothing where a short sequence comes out right on every rank, else what is wrong."""
-    q, k, v = small.draw()
+    tensors = small.draw()
+    weight = tensors[2].flip(1)
     plan = SeqPlan.balanced(small.tokens, sp.size)
-    first, last = plan.range_of(sp.rank)
+    own = slice(*plan.range_of(sp.rank))
     problem = ""
-    with torch.no_grad():
-        found = attend(*shard((q, k, v), plan, sp.rank))
-        if same_bits_as is not None:
-            # heads choose for themselves
-            if not torch.equal(found, same_bits_as(q, k, v)[:, first:last]):
-                problem = "other bits than LocalAttention"
-        else:
-            oracle, baseline = dense_attention_oracle(q, k, v), dense_attention_baseline(q, k, v)
-            try:
-                assert_close_to_oracle(found, oracle[:, first:last], baseline[:, first:last])
-            except AssertionError as error:
-                problem = str(error)
+    found = results(attend, shard(tensors, plan, sp.rank), weight[:, own], direction)
+    if same_bits_as is not None:
+        # heads choose for themselves
+        want = results(same_bits_as, tensors, weight, direction)
+        if not all(torch.equal(x, y[:, own]) for x, y in zip(found, want, strict=True)):
+            problem = "other bits than LocalAttention"
+    else:
+        oracle = results(dense_attention_oracle, [x.double() for x in tensors], weight, direction)
+        baseline = results(dense_attention_baseline, tensors, weight, direction)
+        try:
+            for which, x in enumerate(found):
+                kind = "gradient" if which else "output"
+                assert_close_to_oracle(x, oracle[which][:, own], baseline[which][:, own], kind=kind)
+        except AssertionError as error:
+            problem = str(error)
     problems = [""] * sp.size
     dist.all_gather_object(problems, problem)
     return next(filter(None, problems), "")
 
 
-def gate_layers(backend, strategy, shape, sp, overlap):
+def gate_layers(backend, strategy, shape, sp, overlap, direction):
     small = short_of(shape)
     local, several, metadata = layers(backend, strategy, small, sp, overlap)
     plan = SeqPlan.balanced(small.tokens, sp.size)
@@ -155,6 +168,7 @@ def gate_layers(backend, strategy, shape, sp, overlap):
         lambda q, k, v: several(q, k, v, plan=plan, attn_metadata=metadata)[0],
         small,
         sp,
+        direction,
         same_bits_as=None if is_exact else lambda q, k, v: local(q, k, v, attn_metadata=metadata),
     )
 
@@ -182,7 +196,7 @@ def measure_strategy(backend, strategy, overlap, shape, sp, arguments, direction
     row = {"backend": backend, "strategy": strategy, "overlap": overlap, "direction": direction, "peer": False}
     try:
         local, several, metadata = layers(backend, strategy, shape, sp, overlap)
-        problem = gate_layers(backend, strategy, shape, sp, overlap)
+        problem = gate_layers(backend, strategy, shape, sp, overlap, direction)
     except (AttnmuxError, ImportError) as error:
         return {**row, "gate": "not run", "refused": str(error).splitlines()[0]}
     if problem:
@@ -225,7 +239,7 @@ def measure_peer(name, make, shape, sp, arguments):
         attend = make(shape)
     except ImportError as error:
         return {**row, "gate": "not run", "refused": f"{error}"}
-    if problem := gate(attend, short_of(shape), sp):
+    if problem := gate(attend, short_of(shape), sp, "forward"):
         return {**row, "gate": "red", "refused": problem}
     local = LocalAttention(shape.heads, shape.dim, backend="TORCH_SDPA", dtype=shape.dtype)
     plan = SeqPlan.balanced(shape.tokens, sp.size)
