@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 from attnmux import DistributedAttention, LocalAttention, SeqPlan, SPGroup, init_sequence_parallel
 from attnmux.bench import describe_environment
 from attnmux.bench.harness import CpuClock, Timing
-from attnmux.distributed import HeadPlan, count_traffic, exchange, ring
+from attnmux.distributed import HeadPlan, count_traffic, exchange_ops, ring
 from attnmux.distributed.collective import Pending, describe
 from attnmux.distributed.exchange import Exchange, arrived_heads, arrived_shards, send_heads, send_shards
 from attnmux.errors import AttnmuxError
@@ -340,7 +340,7 @@ def measure_share(shape, ranks, strategy, overlap, arguments):
     local = LocalAttention(shape.heads, shape.dim, backend="TORCH_SDPA", dtype=shape.dtype)
     tensors, plan = shape.draw(), SeqPlan.balanced(shape.tokens, ranks)
     run = without_gradients(several, *shard(tensors, plan, 0), plan=plan)
-    with patch.object(exchange, "begin_all_to_all", left_out), patch.object(ring, "start_all_to_all", left_out):
+    with patch.object(exchange_ops, "begin_all_to_all", left_out), patch.object(ring, "start_all_to_all", left_out):
         run()
         run()
         fill[0] = False

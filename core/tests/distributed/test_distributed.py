@@ -63,7 +63,7 @@ def test_sends_four_local_tensors_less_its_own_part(pools, size):
     ids=str,
 )
 def test_groups_of_heads_give_the_same_bits_and_send_as_much(pools, size, overlap, shape):
-    for plain, found in pools(size).run("overlapped", shape, overlap):
+    for plain, found in pools(size).run("overlap_jobs.overlapped", shape, overlap):
         collectives, sent, collectives_backward, sent_backward = plain
         assert found == (overlap * collectives, sent, overlap * collectives_backward, sent_backward)
 
@@ -82,7 +82,7 @@ def passes(there, back, groups):
 def test_the_next_group_of_heads_is_under_way_while_one_is_attended_to_backward_too(pools, overlap):
     forward = passes("to_heads", "to_shards", range(overlap))
     backward = passes("to_shards backward", "to_heads backward", range(overlap)[::-1])
-    assert pools(2).run("order", overlap) == [(forward, backward)] * 2
+    assert pools(2).run("overlap_jobs.order", overlap) == [(forward, backward)] * 2
 
 
 def test_causal_matches(pools):
