@@ -21,6 +21,7 @@ import socket
 import statistics
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -35,6 +36,7 @@ from attnmux.bench.harness import CpuClock, Timing
 from attnmux.distributed import HeadPlan, count_traffic, exchange_ops, ring
 from attnmux.distributed.collective import Pending, describe
 from attnmux.distributed.exchange import Exchange, arrived_heads, arrived_shards, send_heads, send_shards
+from attnmux.distributed.merge import merge_part
 from attnmux.errors import AttnmuxError
 from attnmux.testing import assert_close_to_oracle, dense_attention_baseline, dense_attention_oracle
 
@@ -42,6 +44,7 @@ from attnmux.testing import assert_close_to_oracle, dense_attention_baseline, de
 WAN, QUICK = ((21, 45, 80), 40, 128), ((4, 8, 8), 32, 64)
 SPARSITY = 0.9
 DRIFT = 0.02
+DENSE = ("TORCH_SDPA", "FLASH_ATTN")
 # with groups of heads
 ULYSSES = (("ulysses", 1), ("ulysses", 2), ("ulysses", 4))
 STRATEGIES = (*ULYSSES, ("ring", 1), ("allgather_kv", 1))
@@ -318,34 +321,60 @@ def measure_one_rank(shape):
     return found
 
 
-def measure_share(shape, ranks, strategy, overlap, arguments):
-    """One rank's share of the work on this GPU, transfers left out: what efficiency they leave to lose from."""
+@contextmanager
+def transfers_left_out():
+    """Nothing is sent: what would come is numbers like those inside the block, and later whatever the memory holds."""
     fill = [True]
 
     def left_out(received, sent, *_, **__):
-        # numbers like those that would come, and from then on whatever the memory holds
         if fill[0]:
             received.normal_()
         return Pending(received, Finished(), "")
 
-    several = DistributedAttention(
-        shape.heads,
-        shape.dim,
-        backend="TORCH_SDPA",
-        dtype=shape.dtype,
-        sp_group=SPGroup("left out", 0, ranks),
-        strategy=strategy,
-        overlap=overlap,
-    )
-    local = LocalAttention(shape.heads, shape.dim, backend="TORCH_SDPA", dtype=shape.dtype)
-    tensors, plan = shape.draw(), SeqPlan.balanced(shape.tokens, ranks)
-    run = without_gradients(several, *shard(tensors, plan, 0), plan=plan)
     with patch.object(exchange_ops, "begin_all_to_all", left_out), patch.object(ring, "start_all_to_all", left_out):
+        yield lambda: fill.clear() or fill.append(False)
+
+
+def measure_share(backend, shape, ranks, strategy, overlap, arguments):
+    """One rank's share of the work on this GPU, transfers left out: what efficiency they leave to lose from."""
+    row = {"backend": backend, "ranks": ranks, "strategy": strategy, "overlap": overlap}
+    try:
+        local, several, metadata = layers(backend, strategy, shape, SPGroup("left out", 0, ranks), overlap)
+    except (AttnmuxError, ImportError) as error:
+        return {**row, "refused": str(error).splitlines()[0]}
+    tensors, plan = shape.draw(), SeqPlan.balanced(shape.tokens, ranks)
+    run = without_gradients(several, *shard(tensors, plan, 0), plan=plan, attn_metadata=metadata)
+    whole = without_gradients(local, *tensors, attn_metadata=metadata)
+    with transfers_left_out() as leave_memory_as_it_is:
         run()
         run()
-        fill[0] = False
-        single, shared, drift = compare(shape.device, without_gradients(local, *tensors), run, arguments.repetitions)
-    return {"ranks": ranks, "strategy": strategy, "overlap": overlap, **times(single, shared, drift, ranks, arguments)}
+        leave_memory_as_it_is()
+        measured = compare(shape.device, whole, run, arguments.repetitions)
+    return {**row, **times(*measured, ranks, arguments)}
+
+
+def measure_copies(shape, ranks, repetitions):
+    """What a rank does besides attention and transfers: packing and unpacking of ulysses, a merge of the ring."""
+    plan, heads = SeqPlan.balanced(shape.tokens, ranks), HeadPlan.of(shape.heads, shape.heads, ranks)
+    call = Exchange.of((heads,), "qkk", plan, 0, "left out")
+    own = shard(shape.draw(), plan, 0)
+    lse = [torch.randn(1, shape.heads, plan.lengths[0], device=shape.device) for _ in range(2)]
+    so_far = own[0].float()
+
+    def exchange_alone():
+        (under_way,) = send_heads(call, own, [])
+        q, _, _ = arrived_heads(call, 0, under_way, 1, shape.dim)
+        arrived_shards(call, [send_shards(call, 0, q)], [q])
+
+    def time_of(run):
+        aligned(shape.device, run, 3)
+        return Timing.of(aligned(shape.device, run, repetitions)).median_ms
+
+    with torch.no_grad(), transfers_left_out():
+        found = {"ranks": ranks, "exchange_ms": time_of(exchange_alone), "exchange_bytes": 8 * 2 * own[0].numel()}
+    with torch.no_grad():
+        merge = {"merge_ms": time_of(lambda: merge_part((so_far, lse[0]), own[1], lse[1]))}
+    return {**found, **merge}
 
 
 class Finished:
@@ -371,6 +400,22 @@ def compute_rows(parts, size, between_nodes):
         ms = max(alone / 8, ring) + in_node / 8
         given = {**made_from, "between_nodes_GB_per_s, given": between_nodes}
         rows.append({"gpus": 64, "strategy": "usp", "efficiency": whole / (64 * ms), "made_from": given})
+    return rows
+
+
+def compute_from_shares(shares, shape, bandwidth):
+    """What one rank's share and the transfers that nothing hides give, at GB/s that somebody has to have measured."""
+    rows = []
+    for share in shares if bandwidth else []:
+        if "efficiency" not in share or share["strategy"] != "ulysses":
+            continue
+        ranks, overlap = share["ranks"], share["overlap"]
+        # of all groups but one, the way there; of all but one, the way back
+        sent = 4 * shape.tokens // ranks * shape.heads * shape.dim * 2 * (ranks - 1) / ranks / overlap
+        ms = share["tp_ms"] + sent / (bandwidth * 1e6)
+        which = {name: share[name] for name in ("backend", "strategy", "overlap")}
+        made_from = {"t1_ms": share["t1_ms"], "tp_ms": share["tp_ms"], "GB_per_s, given": bandwidth}
+        rows.append({"gpus": ranks, **which, "efficiency": share["t1_ms"] / (ranks * ms), "made_from": made_from})
     return rows
 
 
@@ -405,9 +450,17 @@ def show(found):
     for name, value in (found["one_rank"] or {}).items():
         out(f"one rank: {name}: {len(value) if isinstance(value, list) else value}\n")
     for row in found["shares_without_transfer"]:
-        name = f"{row['strategy']:8s} x{row['overlap']} of {row['ranks']}, transfers left out"
+        name = f"{row['backend']:20s} {row['strategy']:8s} x{row['overlap']} of {row['ranks']}, transfers left out"
+        if "efficiency" not in row:
+            out(f"{name}: {row.get('refused', 'it runs')}\n")
+            continue
         speed = f"efficiency {row['efficiency']:.4f}  drift {row['drift']:.4f}"
         out(f"{name}: T1 {row['t1_ms']:.3f} ms  TP {row['tp_ms']:.3f} ms  {speed}\n")
+    for row in found["copies"]:
+        speed = row["exchange_bytes"] / row["exchange_ms"] * 1e-9
+        out(
+            f"copies of {row['ranks']}: exchange {row['exchange_ms']:.3f} ms, {speed:.2f} TB/s; merge {row['merge_ms']:.3f} ms\n"
+        )
     out("".join(f"computed, not measured: {json.dumps(row)}\n" for row in found["computed"]))
 
 
@@ -434,6 +487,11 @@ def main():
     parser.add_argument(
         "--between-nodes", type=float, help="GB/s per GPU that were measured between hosts, for 64 GPUs"
     )
+    parser.add_argument(
+        "--between-gpus",
+        type=float,
+        help="GB/s per GPU that were measured within a host, for what one GPU computes for several",
+    )
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
 
@@ -446,7 +504,7 @@ def main():
     )
     rows = []
     for backend in arguments.backends:
-        for strategy, overlap in STRATEGIES if backend in ("TORCH_SDPA", "FLASH_ATTN") else ULYSSES:
+        for strategy, overlap in STRATEGIES if backend in DENSE else ULYSSES:
             for direction in ("forward", "forward + backward")[: 1 + arguments.train]:
                 rows.append(measure_strategy(backend, strategy, overlap, shape, sp, arguments, direction))
                 if sp.size == 1:
@@ -460,10 +518,13 @@ def main():
     parts = measure_parts(shape, sp, arguments.repetitions)
     if arguments.rehearse:
         parts = {}
-    one_rank, shares = None, []
+    one_rank, shares, copies = None, [], []
     if sp.size == 1:
         one_rank = measure_one_rank(shape)
-        shares = [measure_share(shape, n, *strategy, arguments) for n in (2, 8) for strategy in (*ULYSSES, ("ring", 1))]
+        for backend in arguments.backends:
+            strategies = (*ULYSSES, ("ring", 1)) if backend in DENSE else ULYSSES
+            shares += [measure_share(backend, shape, n, *each, arguments) for n in (2, 8) for each in strategies]
+        copies = [measure_copies(shape, ranks, arguments.repetitions) for ranks in (2, 8)]
     environment = describe_environment(device, commit=os.environ.get("COMMIT"))
     found = {
         **vars(environment),
@@ -476,7 +537,9 @@ def main():
         "parts": parts,
         "one_rank": one_rank,
         "shares_without_transfer": shares,
-        "computed": compute_rows(parts, sp.size, arguments.between_nodes),
+        "copies": copies,
+        "computed": compute_rows(parts, sp.size, arguments.between_nodes)
+        + compute_from_shares(shares, shape, arguments.between_gpus),
     }
     if sp.rank == 0:
         Path(arguments.output).write_text(json.dumps(found, indent=1) + "\n")
