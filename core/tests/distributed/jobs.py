@@ -155,7 +155,7 @@ def there_and_back(sp, lengths, rows, batch, heads, kv_heads, text, groups):
     settings = describe(sp, {"case": (lengths, rows, batch, heads, kv_heads, text, groups)})
     mine = [x.detach() for x in shards(tensors, plan, sp.rank)]
     parts = of.groups(groups)
-    exchange = Exchange.of(parts, "qk", plan, sp.rank, settings, text)
+    exchange = Exchange.of(parts, "qk", plan, sp.rank, settings, text=text)
     back, sent = [], []
     for group, under_way in enumerate(send_heads(exchange, mine, words)):
         found = arrived_heads(exchange, group, under_way, batch, 2)
@@ -175,7 +175,7 @@ def there_and_back(sp, lengths, rows, batch, heads, kv_heads, text, groups):
 def operators(sp):
     """The custom operators pass torch's own checks."""
     plan, of = SeqPlan((2,) * sp.size, (3,) * sp.size), HeadPlan.of(4, 4, sp.size)
-    exchange = Exchange.of((of,), "qk", plan, sp.rank, describe(sp, {"case": "opcheck"}), 1)
+    exchange = Exchange.of((of,), "qk", plan, sp.rank, describe(sp, {"case": "opcheck"}), text=1)
     heads, of_shards = (exchange.of_group(ranges, 0) for ranges in (exchange.heads, exchange.shard_heads))
     every_head, every_shard = (exchange.of_all(ranges) for ranges in (exchange.heads, exchange.shard_heads))
 
@@ -192,6 +192,7 @@ def operators(sp):
     check(names.sp_send_shards.default, (x, *of_shards))
     check(names.sp_arrived_shards.default, ([flat], [x], *every_shard))
     check(names.sp_send_gradients_of_shards.default, (make(2, 3, 4, 4), make(2, 1, 4, 4), *of_shards))
+    check(names.sp_taken.default, (flat, [x], "opcheck", exchange.settings[0]))
     rest = (tokens, 2, own, 4, list(plan.lengths), exchange.settings[0])
     check(names.sp_arrived_gradient_with_text.default, (flat, *rest))
 

@@ -58,14 +58,14 @@ def compiled(sp, strategy, trains, overlap):
     return counts
 
 
-def compiled_order(sp):
-    """What is sent, waited for and computed in a compiled layer, in order, forward and backward; sent are two groups of heads."""
+def compiled_order(sp, strategy, heads, overlap):
+    """What is sent, waited for and computed in a compiled layer, in order, forward and backward."""
     from torch._dynamo.backends.common import aot_autograd
 
     short = {
         "sp_send_heads": "send", "sp_send_shards": "send back", "sp_arrived_shards": "wait back", "wait_tensor": "wait",
         "sp_send_gradients_of_shards": "send", "sp_send_gradients_of_heads": "send back",
-        "sp_arrived_gradients_of_heads": "wait back",
+        "sp_arrived_gradients_of_heads": "wait back", "sp_shift": "send", "sp_taken": "wait",
     }  # fmt: skip
     logs = []
 
@@ -81,9 +81,10 @@ def compiled_order(sp):
         return graph
 
     torch.compiler.reset()
-    layer = DistributedAttention(4, DIM, sp_group=sp, backend="TORCH_SDPA", dtype=torch.float32, overlap=2)
+    options = {"backend": "TORCH_SDPA", "dtype": torch.float32, "strategy": strategy, "overlap": overlap}
+    layer = DistributedAttention(heads, DIM, sp_group=sp, **options)
     function = torch.compile(layer, fullgraph=True, backend=aot_autograd(fw_compiler=record))
-    function(*[torch.randn(1, 6, 4, DIM, requires_grad=True) for _ in range(3)])[0].sum().backward()
+    function(*[torch.randn(1, 6, heads, DIM, requires_grad=True) for _ in range(3)])[0].sum().backward()
     return logs
 
 

@@ -15,9 +15,17 @@ def test_compiles_without_graph_breaks_and_twice_for_any_number_of_lengths(pools
         assert counts[1] == counts[-1] <= 2
 
 
-def test_compiled_groups_of_heads_overlap_as_others_do(pools):
-    for logs in pools(2).run("model_jobs.compiled_order"):
-        assert logs == [["send"] * 2 + ["wait", "attend", "send back"] * 2 + ["wait back"]] * 2
+def test_compiled_exchanges_are_under_way_while_attention_runs_and_nothing_is_sent_twice(pools):
+    # three heads are two groups on one rank, and a group and nothing on the other
+    for rank, logs in enumerate(pools(2).run("model_jobs.compiled_order", "ulysses", 3, 2)):
+        first, second = ["wait", "attend", "send back"], ["wait", *["attend"] * (not rank), "send back"]
+        assert logs[0] == ["send", "send", *first, *second, "wait back"]
+        # the last group comes first
+        assert logs[1] == ["send", "send", *second, *first, "wait back"]
+    forward = ["send", "attend", "wait", "attend"]
+    for logs in pools(2).run("model_jobs.compiled_order", "ring", 4, 1):
+        # gradients of keys go home
+        assert logs == [forward, [*forward, "send", "wait"]]
 
 
 @pytest.mark.parametrize(("size", "strategy", "overlap"), OVERLAPS)

@@ -30,6 +30,7 @@ __all__ = [
     "count_traffic",
     "describe",
     "start_all_to_all",
+    "taken",
 ]
 
 
@@ -199,6 +200,21 @@ def arrived(under_way: torch.Tensor, operation: str, settings: str) -> torch.Ten
         what = f"receiving {under_way.numel()}"
         raise SequenceParallelError(f"{_failure(group, operation, what, under_way.dtype)}: {error}") from error
     return found
+
+
+@torch.library.custom_op("attnmux::sp_taken", mutates_args=())
+def taken(under_way: torch.Tensor, sent: list[torch.Tensor], operation: str, settings: str) -> torch.Tensor:
+    """Return a copy of what was under way, for compiled forward passes that gradients follow; `sent` stays alive until then.
+
+    Torch's operator that waits is one without which it does not think backward complete: where no gradient needs what came,
+    it would be sent once more there.
+    """
+    return arrived(under_way, operation, settings).clone()
+
+
+@taken.register_fake
+def _(under_way: torch.Tensor, sent: list[torch.Tensor], operation: str, settings: str) -> torch.Tensor:
+    return torch.empty_like(under_way)
 
 
 def all_to_all(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnmux.distributed import exchange_ops as ops
-from attnmux.distributed.collective import arrived
+from attnmux.distributed.collective import arrived, taken
 
 if TYPE_CHECKING:
     from attnmux.distributed.plan import HeadPlan, SeqPlan
@@ -40,6 +40,7 @@ class Exchange:
         rank: This rank.
         settings: From `describe`, of each group of heads.
         text: Tokens T that every rank holds.
+        trains: Whether backward may follow.
     """
 
     heads: tuple[tuple[int, ...], ...]
@@ -49,10 +50,19 @@ class Exchange:
     rank: int
     settings: tuple[str, ...]
     text: int
+    trains: bool
 
     @classmethod
     def of(
-        cls, groups: tuple[HeadPlan, ...], tensors: str, plan: SeqPlan, rank: int, settings: str, text: int = 0
+        cls,
+        groups: tuple[HeadPlan, ...],
+        tensors: str,
+        plan: SeqPlan,
+        rank: int,
+        settings: str,
+        *,
+        text: int = 0,
+        trains: bool = True,
     ) -> Exchange:
         """Return the exchange among the ranks of a plan.
 
@@ -63,6 +73,7 @@ class Exchange:
             rank: This rank.
             settings: From `describe`.
             text: Tokens that every rank holds.
+            trains: Whether backward may follow.
         """
         heads = []
         for group in groups:
@@ -72,9 +83,8 @@ class Exchange:
             )
         shard_heads = tuple(tuple(bound for pair in group.q for bound in pair) for group in groups)
         numbered = tuple(f"{settings}\noverlap_group={number}" for number in range(len(groups)))
-        return cls(
-            tuple(heads), shard_heads, plan.lengths, plan.rows, rank, numbered if len(groups) > 1 else (settings,), text
-        )
+        of_group = numbered if len(groups) > 1 else (settings,)
+        return cls(tuple(heads), shard_heads, plan.lengths, plan.rows, rank, of_group, text, trains)
 
     def of_group(self, ranges: tuple[tuple[int, ...], ...], group: int) -> tuple[Any, ...]:
         """Return the last arguments of an operator that sends; with a single group it waits, as there is nothing else to do."""
@@ -86,6 +96,10 @@ class Exchange:
 
     def _places(self) -> tuple[Any, ...]:
         return list(self.lengths), list(self.rows), self.rank
+
+    def wait(self, under_way: torch.Tensor, group: int, operation: str) -> torch.Tensor:
+        """Return what is under way once it is there."""
+        return under_way if len(self.settings) == 1 else arrived(under_way, operation, self.settings[group])
 
 
 def send_heads(exchange: Exchange, tensors: list[torch.Tensor], text: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -185,7 +199,11 @@ class _ArrivedHeads(torch.autograd.Function):
         ctx.exchange, ctx.group = exchange, group
         heads = ops.count_heads(exchange.heads[group], len(exchange.lengths))[exchange.rank]
         shape = sum(exchange.lengths) + exchange.text, batch, sum(heads), dim
-        buffer = _view(arrived(under_way, "to_heads", exchange.settings[group]), shape)
+        if exchange.trains and len(exchange.settings) > 1 and torch.compiler.is_compiling():
+            found = taken(under_way, [], "to_heads", exchange.settings[group])
+        else:
+            found = exchange.wait(under_way, group, "to_heads")
+        buffer = _view(found, shape)
         return tuple(part.transpose(0, 1) for part in torch.split(buffer, heads, dim=2))
 
     @staticmethod
@@ -209,11 +227,12 @@ class _SendShards(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, under_way: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        exchange, settings = ctx.exchange, ctx.exchange.settings[ctx.group]
+        exchange = ctx.exchange
         if exchange.text:
+            settings = exchange.settings[ctx.group]
             grad = ops.arrived_gradient_with_text(under_way, *ctx.shape, list(exchange.lengths), settings)
         else:
-            grad = _view(arrived(under_way, "to_shards backward", settings), ctx.shape)
+            grad = _view(exchange.wait(under_way, ctx.group, "to_shards backward"), ctx.shape)
         return None, None, grad.transpose(0, 1)
 
 

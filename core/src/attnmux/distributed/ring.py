@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnmux.distributed.collective import Pending, all_to_all, start_all_to_all
+from attnmux.distributed.collective import Pending, begin_all_to_all, start_all_to_all, taken
 from attnmux.distributed.merge import merge_part
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ class _RingAttention(torch.autograd.Function):
         length, sizes = lengths[ring.rank], _Sizes(lengths, q.shape[0], k.shape[1] - lengths[ring.rank])
         dtype = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
-            coming = _shift(_pack(k[:, :length], v[:, :length]), ring, 1, sizes, "ring backward", settings)
+            # after grad, or a compiler would send it in forward, which no backward may follow
+            coming = _shift(_pack(k[:, :length], v[:, :length]), ring, 1, sizes, "ring backward", settings, after=grad)
             if q.shape[1] and k.shape[1]:
                 grad_q, grad_k, grad_v = ring.impl.part_gradients(grad, q, k, v, output, lse, metadata)
             else:
@@ -166,20 +167,36 @@ def _unpack(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class _Arrived:
+class _UnderWay:
     received: torch.Tensor
+    sent: torch.Tensor
+    operation: str
+    settings: str
 
     def wait(self) -> torch.Tensor:
-        return self.received
+        found: torch.Tensor = taken(self.received, [self.sent], self.operation, self.settings)
+        return found
 
 
-def _shift(x: torch.Tensor, ring: Ring, step: int, sizes: _Sizes, operation: str, settings: str) -> Pending | _Arrived:
-    """Send x to the next rank and receive what the rank before has: the shard from `step` ranks before."""
+def _shift(
+    x: torch.Tensor,
+    ring: Ring,
+    step: int,
+    sizes: _Sizes,
+    operation: str,
+    settings: str,
+    after: torch.Tensor | None = None,
+) -> Pending | _UnderWay:
+    """Send x to the next rank and receive what the rank before has: the shard from `step` ranks before.
+
+    A compiled graph does it when `after` is known.
+    """
     rows = sizes.lengths[(ring.rank - step) % ring.size]
     lengths = list(sizes.lengths)
     if torch.compiler.is_compiling():
-        # one operator, which is over when it returns: a compiled graph has no place for torch's handle
-        return _Arrived(_shift_op(x, rows, lengths, sizes.text, ring.rank, operation, settings))
+        # a compiled graph has no place for torch's handle, which is registered for what is received
+        received = _shift_op(x, after, rows, lengths, sizes.text, ring.rank, operation, settings)
+        return _UnderWay(received, x, operation, settings)
     received, counts = _shift_buffers(x, rows, ring.rank, ring.size)
     fields: dict[str, object] = {"lengths": lengths, "batch": sizes.batch, "text": sizes.text}
     pending = start_all_to_all(received.view(-1), x.view(-1), *counts, operation, settings, fields)
@@ -197,16 +214,30 @@ def _shift_buffers(
 
 @torch.library.custom_op("attnmux::sp_shift", mutates_args=())
 def _shift_op(
-    x: torch.Tensor, rows: int, lengths: list[int], text: int, rank: int, operation: str, settings: str
+    x: torch.Tensor,
+    after: torch.Tensor | None,
+    rows: int,
+    lengths: list[int],
+    text: int,
+    rank: int,
+    operation: str,
+    settings: str,
 ) -> torch.Tensor:
     received, counts = _shift_buffers(x, rows, rank, len(lengths))
     fields: dict[str, object] = {"lengths": lengths, "batch": x.shape[2], "text": text}
-    all_to_all(received.view(-1), x.contiguous().view(-1), *counts, operation, settings, fields)
+    begin_all_to_all(received.view(-1), x.contiguous().view(-1), *counts, operation, settings, fields, waits=False)
     return received
 
 
 @_shift_op.register_fake
 def _(
-    x: torch.Tensor, rows: int, lengths: list[int], text: int, rank: int, operation: str, settings: str
+    x: torch.Tensor,
+    after: torch.Tensor | None,
+    rows: int,
+    lengths: list[int],
+    text: int,
+    rank: int,
+    operation: str,
+    settings: str,
 ) -> torch.Tensor:
     return x.new_empty(rows, *x.shape[1:])

@@ -230,7 +230,11 @@ class _SequenceParallel(AttentionLayer):
 
         near = plan.part(rank - self._inner.rank, rank - self._inner.rank + self._inner.size)
         tail, letters = text[0].shape[1] if text else 0, "qkk" + "q" * len(extra)
-        exchange = Exchange.of(self._head_groups, letters, near, self._inner.rank, near_settings, tail)
+        # the impl's parameters may want gradients though no input does
+        trains = torch.is_grad_enabled()
+        exchange = Exchange.of(
+            self._head_groups, letters, near, self._inner.rank, near_settings, text=tail, trains=trains
+        )
         attended, back = [], []
         for group, under_way in enumerate(send_heads(exchange, [q, k, v, *extra.values()], list(text))):
             own = arrived_heads(exchange, group, under_way, q.shape[0], self.head_size)
