@@ -48,6 +48,20 @@ def test_half_precision_parts_are_merged_in_float32(count):
     assert_close_to_oracle(merged[0].bfloat16(), oracle, dense_attention_baseline(q, k, v))
 
 
+def test_the_last_part_rounds_once():
+    generator = torch.Generator().manual_seed(0)
+    parts = [
+        (torch.randn(1, 9, 2, 8, generator=generator).bfloat16(), torch.randn(1, 2, 9, generator=generator))
+        for _ in range(3)
+    ]
+    begun = merge_part(merge_part(None, *parts[0]), *parts[1])
+    want, lse = merge_part(begun, *parts[2])
+    found, found_lse = merge_part(begun, *parts[2], dtype=torch.bfloat16)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, want.bfloat16())
+    assert torch.equal(found_lse, lse)
+
+
 def test_merging_changes_neither_part():
     output, lse = torch.ones(1, 2, 1, 4), torch.zeros(1, 1, 2)
     merged = merge_part(merge_part(None, output, lse), output, lse)

@@ -86,6 +86,7 @@ class _RingAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         length, sizes = lengths[ring.rank], _Sizes(lengths, q.shape[0], k.shape[1] - lengths[ring.rank])
         merged = None
+        seen = [step for step in range(1, ring.size) if q.shape[1] and ring.sees(lengths, step)]
         with torch.autocast(q.device.type, enabled=False):
             coming = _shift(_pack(k[:, :length], v[:, :length]), ring, 1, sizes, "ring", settings)
             if q.shape[1] and k.shape[1]:
@@ -94,12 +95,13 @@ class _RingAttention(torch.autograd.Function):
                 held = coming.wait()
                 if step + 1 < ring.size:
                     coming = _shift(held, ring, step + 1, sizes, "ring", settings)
-                if q.shape[1] and ring.sees(lengths, step):
-                    merged = merge_part(merged, *ring.other_impl.attend_part(q, *_unpack(held), metadata))
+                if step in seen:
+                    part = ring.other_impl.attend_part(q, *_unpack(held), metadata)
+                    merged = merge_part(merged, *part, dtype=q.dtype if step == seen[-1] else None)
         if merged is None:
             output, lse = q.new_zeros(q.shape), q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"))
         else:
-            output, lse = merged[0].to(q.dtype), merged[1]
+            output, lse = merged
         ctx.save_for_backward(q, k, v, output, lse)
         ctx.options = ring, metadata, lengths, settings
         return output
