@@ -237,5 +237,12 @@ def test_an_overlap_that_cannot_be_is_refused():
     assert layer(SPGroup.local(), overlap=3).overlap == 3
 
 
+def test_settings_are_one_line():
+    # inductor of torch 2.11 copies them into comments of its code, a second line of which is code
+    for settings in layer()._settings:
+        assert "backend=TORCH_SDPA" in settings
+        assert "\n" not in settings
+
+
 def test_without_a_group_the_layer_is_local():
     assert layer(None).sp == SPGroup.local()

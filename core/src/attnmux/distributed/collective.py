@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Pending",
     "Traffic",
+    "add_fields",
     "all_gather",
     "all_to_all",
     "arrived",
@@ -51,6 +52,9 @@ class Traffic:
 
 _VERSION = importlib_metadata.version("attnmux")
 
+# on one line: inductor copies what operators are given into comments of the code it makes
+_SEPARATOR = "; "
+
 _counters: list[Traffic] = []
 
 
@@ -70,8 +74,12 @@ def describe(group: SPGroup, fields: dict[str, object]) -> str:
     """Return the settings of an exchange as one string, which a compiled graph holds as a constant: the group, its timeout,
     whether to check every call, and what the ranks have to agree on but for sizes, which may change from call to call.
     """
-    lines = [f"{name}={value}" for name, value in fields.items()]
-    return "\n".join([group.name, str(group.timeout), str(group.checks_every_call), *lines])
+    return add_fields(_SEPARATOR.join([group.name, str(group.timeout), str(group.checks_every_call)]), fields)
+
+
+def add_fields(settings: str, fields: dict[str, object]) -> str:
+    """Return settings with more that the ranks have to agree on."""
+    return _SEPARATOR.join([settings, *(f"{name}={value}" for name, value in fields.items())])
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ class Pending:
 
 
 def _agreed_group(sent: torch.Tensor, operation: str, settings: str, sizes: dict[str, object]) -> dist.ProcessGroup:
-    name, timeout, every_call, *fields = settings.split("\n")
+    name, timeout, every_call, *fields = settings.split(_SEPARATOR)
     group: dist.ProcessGroup = c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
     description = (
         f"operation={operation}",
@@ -196,7 +204,7 @@ def arrived(under_way: torch.Tensor, operation: str, settings: str) -> torch.Ten
     try:
         found = torch.ops._c10d_functional.wait_tensor(under_way)
     except RuntimeError as error:
-        group: dist.ProcessGroup = c10d._resolve_process_group(settings.split("\n")[0])  # type: ignore[attr-defined, arg-type]
+        group: dist.ProcessGroup = c10d._resolve_process_group(settings.split(_SEPARATOR)[0])  # type: ignore[attr-defined, arg-type]
         what = f"receiving {under_way.numel()}"
         raise SequenceParallelError(f"{_failure(group, operation, what, under_way.dtype)}: {error}") from error
     return found

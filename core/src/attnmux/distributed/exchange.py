@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnmux.distributed import exchange_ops as ops
-from attnmux.distributed.collective import arrived, taken
+from attnmux.distributed.collective import add_fields, arrived, taken
 
 if TYPE_CHECKING:
     from attnmux.distributed.plan import HeadPlan, SeqPlan
@@ -82,7 +82,7 @@ class Exchange:
                 tuple(bound for of_ranks in zip(*of_tensor, strict=True) for pair in of_ranks for bound in pair)
             )
         shard_heads = tuple(tuple(bound for pair in group.q for bound in pair) for group in groups)
-        numbered = tuple(f"{settings}\noverlap_group={number}" for number in range(len(groups)))
+        numbered = tuple(add_fields(settings, {"overlap_group": number}) for number in range(len(groups)))
         of_group = numbered if len(groups) > 1 else (settings,)
         return cls(tuple(heads), shard_heads, plan.lengths, plan.rows, rank, of_group, text, trains)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnmux.distributed.collective import describe
+from attnmux.distributed.collective import add_fields, describe
 from attnmux.distributed.exchange import Exchange, arrived_heads, arrived_shards, send_heads, send_shards
 from attnmux.distributed.gather import gather_keys
 from attnmux.distributed.group import SPGroup, as_sp_group
@@ -222,8 +222,8 @@ class _SequenceParallel(AttentionLayer):
             return _padded(output, rows), text_output
 
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *extra.values(), *text))
-        of_call = f"\nextra_inputs={sorted(extra)}\nrotary={freqs_cis is not None}\ngrad={needs_grad}"
-        near_settings, far_settings = (settings + of_call for settings in self._settings)
+        of_call = {"extra_inputs": sorted(extra), "rotary": freqs_cis is not None, "grad": needs_grad}
+        near_settings, far_settings = (add_fields(settings, of_call) for settings in self._settings)
         if not self._head_groups:
             output = self._attend_across((q, k, v), text, metadata, plan.lengths, far_settings)
             return _padded(output[:, :length], rows), output[:, length:] if text else None
