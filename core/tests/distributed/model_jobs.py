@@ -203,7 +203,8 @@ def copied_elements(sp, overlap):
             result = run()
         copies = [event.input_shapes[0] for event in found.events() if event.name == "aten::copy_"]
         joined = sum(event.name == "aten::cat" for event in found.events())
-        return 2 * sum(torch.Size(shape).numel() for shape in copies) / mine[0].numel(), joined, result
+        # they are in words of four elements
+        return 2 * 4 * sum(torch.Size(shape).numel() for shape in copies) / mine[0].numel(), joined, result
 
     forward, joined, output = count(lambda: layer(*mine)[0])
     for x in mine:

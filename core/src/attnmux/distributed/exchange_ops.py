@@ -8,9 +8,12 @@ each tensor on rank 0, then on rank 1, and so on; where several tensors are unde
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from attnmux.distributed.collective import arrived, begin_all_to_all
+from attnmux.distributed.words import copy_words
 
 __all__ = [
     "arrived_gradient_with_text",
@@ -36,22 +39,54 @@ def _totals(ranges: list[int], size: int) -> list[int]:
     return [sum(of_rank) for of_rank in count_heads(ranges, size)]
 
 
-def _pieces(
-    buffer: torch.Tensor, ranges: list[int], size: int, rows: int, batch: int, dim: int
-) -> list[tuple[int, tuple[int, int], torch.Tensor]]:
+class _Piece(NamedTuple):
+    """What a buffer holds of a tensor: the heads [first, first + h) of one rank, and `step` heads on those of the next, ...
+
+    Attributes:
+        tensor: Number of the tensor.
+        first: Its first head.
+        step: From one rank's first head to the next one's.
+        part: `[ranks, B, rows, h, D]`.
+    """
+
+    tensor: int
+    first: int
+    step: int
+    part: torch.Tensor
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the same heads of a tensor `[B, rows, H, D]`."""
+        batch, rows, _, dim = x.shape
+        of_batch, of_row, of_head, of_dim = x.stride()
+        ranks, heads = self.part.shape[0], self.part.shape[3]
+        return x.as_strided(
+            (ranks, batch, rows, heads, dim),
+            (self.step * of_head, of_batch, of_row, of_head, of_dim),
+            x.storage_offset() + self.first * of_head,
+        )
+
+
+def _pieces(buffer: torch.Tensor, ranges: list[int], size: int, rows: int, batch: int, dim: int) -> list[_Piece]:
     """Return what a buffer holds that has for each rank `[rows, B, its heads of all tensors, D]`.
 
-    Returns:
-        For each part the number of its tensor, the first of its heads and the one after the last, and `[B, rows, h, D]`.
+    It is one piece for each tensor if every rank has as many heads, and so many heads on from the rank before; else for each rank.
     """
     counts = count_heads(ranges, size)
-    pieces, number = [], 0
+    firsts = [of_rank[::2] for of_rank in _by_group(ranges, size)]
+    steps = [second - first for first, second in zip(*firsts[:2], strict=True)] if size > 1 else [0] * len(counts[0])
+    is_regular = all(of_rank == counts[0] for of_rank in counts) and all(
+        firsts[rank][t] == firsts[0][t] + rank * step and step >= counts[0][t]
+        for rank in range(1, size)
+        for t, step in enumerate(steps)
+    )
+    if is_regular:
+        parts = torch.split(buffer.view(size, rows, batch, sum(counts[0]), dim), counts[0], dim=3)
+        return [_Piece(t, firsts[0][t], steps[t], part.transpose(1, 2)) for t, part in enumerate(parts)]
+    pieces = []
     blocks = torch.split(buffer, [rows * batch * sum(of_rank) * dim for of_rank in counts])
-    for block, of_rank in zip(blocks, counts, strict=True):
-        parts = torch.split(block.view(rows, batch, sum(of_rank), dim), of_rank, dim=2)
-        for tensor, part in enumerate(parts):
-            pieces.append((tensor, (ranges[number], ranges[number + 1]), part.transpose(0, 1)))
-            number += 2
+    for block, of_rank, first in zip(blocks, counts, firsts, strict=True):
+        parts = torch.split(block.view(1, rows, batch, sum(of_rank), dim), of_rank, dim=3)
+        pieces += [_Piece(t, first[t], 0, part.transpose(1, 2)) for t, part in enumerate(parts)]
     return pieces
 
 
@@ -100,8 +135,8 @@ def send_heads(
     unit, tail = batch * dim, text[0].shape[1] if text else 0
     counts = _totals(ranges, size)
     sent = tensors[0].new_empty(length * unit * sum(counts))
-    for tensor, (first, last), part in _pieces(sent, ranges, size, length, batch, dim):
-        part.copy_(tensors[tensor][:, :length, first:last])
+    for piece in _pieces(sent, ranges, size, length, batch, dim):
+        copy_words(piece.part, piece.of(tensors[piece.tensor][:, :length]))
     result = tensors[0].new_empty(_heads_numel(ranges, lengths, rank, unit, tail))
     begin_all_to_all(
         result[: total * unit * counts[rank]],
@@ -116,8 +151,8 @@ def send_heads(
     if text:
         own = _by_group(ranges, size)[rank]
         behind = result[total * unit * counts[rank] :][: tail * unit * counts[rank]]
-        for tensor, (first, last), part in _pieces(behind, own, 1, tail, batch, dim):
-            part.copy_(text[tensor][:, :, first:last])
+        for piece in _pieces(behind, own, 1, tail, batch, dim):
+            copy_words(piece.part, piece.of(text[piece.tensor]))
     return result
 
 
@@ -153,8 +188,8 @@ def send_gradients_of_heads(
     batch, _, _, dim = grads[0].shape
     unit, counts, own = batch * dim, _totals(ranges, size), _by_group(ranges, size)[rank]
     sent = grads[0].new_empty(total * unit * counts[rank])
-    for tensor, _, part in _pieces(sent, own, 1, total, batch, dim):
-        part.copy_(grads[tensor][:, :total])
+    for piece in _pieces(sent, own, 1, total, batch, dim):
+        copy_words(piece.part[0], grads[piece.tensor][:, :total])
     result = grads[0].new_empty(_heads_numel(ranges, lengths, rank, unit, tail))
     begin_all_to_all(
         result[: length * unit * sum(counts)],
@@ -167,8 +202,8 @@ def send_gradients_of_heads(
         waits=waits,
     )
     behind = result[length * unit * sum(counts) :][: tail * unit * counts[rank]]
-    for tensor, _, part in _pieces(behind, own, 1, tail, batch, dim):
-        part.copy_(grads[tensor][:, total:])
+    for piece in _pieces(behind, own, 1, tail, batch, dim):
+        copy_words(piece.part[0], grads[piece.tensor][:, total:])
     return result
 
 
@@ -204,7 +239,7 @@ def arrived_gradients_of_heads(
     """Return the gradients `[B, held, H_t, D]` of the tensors, then `[B, tail, H_t, D]` of their text."""
     size, length, unit = len(lengths), lengths[rank], batch * dim
     grads = [under_way[0].new_empty(batch, held, n, dim) for n in heads]
-    for x in grads:
+    for x in grads if held > length else ():
         x[:, length:] = 0
     text = [under_way[0].new_zeros(batch, tail, n, dim) for n in heads]
     written = set()
@@ -213,17 +248,17 @@ def arrived_gradients_of_heads(
         arrived(flat, "to_heads backward", settings)
         counts = _totals(of_group, size)
         end = length * unit * sum(counts)
-        for tensor, (first, last), part in _pieces(flat[:end], of_group, size, length, batch, dim):
-            grad = grads[tensor][:, :length, first:last]
-            if (tensor, first) in written:
+        for piece in _pieces(flat[:end], of_group, size, length, batch, dim):
+            grad, place = piece.of(grads[piece.tensor][:, :length]), (piece.tensor, piece.first)
+            if place in written:
                 # a key head that went to several ranks gets the sum of what they return, in rank order
-                grad += part
-            elif first < last:
-                grad.copy_(part)
-                written.add((tensor, first))
+                grad += piece.part
+            elif piece.part.shape[3]:
+                copy_words(grad, piece.part)
+                written.add(place)
         behind, own = flat[end:][: tail * unit * counts[rank]], _by_group(of_group, size)[rank]
-        for tensor, (first, last), part in _pieces(behind, own, 1, tail, batch, dim):
-            text[tensor][:, :, first:last] = part
+        for piece in _pieces(behind, own, 1, tail, batch, dim):
+            copy_words(piece.of(text[piece.tensor]), piece.part)
     return grads + text
 
 
@@ -308,14 +343,15 @@ def arrived_shards(
     size, length, tail = len(lengths), lengths[rank], long - sum(lengths)
     heads = sum(_totals(ranges, len(ranges) // 2))
     shard = sent[0].new_empty(batch, rows[rank], heads, dim)
-    shard[:, length:] = 0
+    if rows[rank] > length:
+        shard[:, length:] = 0
     text = sent[0].new_empty(batch, tail, heads, dim)
     for flat, of_group in zip(under_way, _by_group(ranges, len(under_way)), strict=True):
         arrived(flat, "to_shards", settings)
         end = (length + tail) * batch * dim * sum(_totals(of_group, size))
-        for _, (first, last), part in _pieces(flat[:end], of_group, size, length + tail, batch, dim):
-            shard[:, :length, first:last] = part[:, :length]
-            text[:, :, first:last] = part[:, length:]
+        for piece in _pieces(flat[:end], of_group, size, length + tail, batch, dim):
+            copy_words(piece.of(shard[:, :length]), piece.part[:, :, :length])
+            copy_words(piece.of(text), piece.part[:, :, length:])
     return shard, text
 
 
@@ -349,9 +385,9 @@ def send_gradients_of_shards(
     batch, tail, _, dim = grad_text.shape
     size, length, unit, counts = len(lengths), lengths[rank], batch * dim, _totals(ranges, len(lengths))
     sent = grad.new_empty((length + tail) * unit * sum(counts))
-    for _, (first, last), part in _pieces(sent, ranges, size, length + tail, batch, dim):
-        part[:, :length] = grad[:, :length, first:last]
-        part[:, length:] = grad_text[:, :, first:last]
+    for piece in _pieces(sent, ranges, size, length + tail, batch, dim):
+        copy_words(piece.part[:, :, :length], piece.of(grad[:, :length]))
+        copy_words(piece.part[:, :, length:], piece.of(grad_text))
     result = grad.new_empty(_shards_numel(ranges, lengths, rank, unit, tail))
     begin_all_to_all(
         result[: (sum(lengths) + size * tail) * unit * counts[rank]],

@@ -14,6 +14,7 @@ import torch
 
 from attnmux.distributed.collective import Pending, begin_all_to_all, start_all_to_all, taken
 from attnmux.distributed.merge import merge_part
+from attnmux.distributed.words import copy_words
 
 if TYPE_CHECKING:
     from attnmux.backend import AttentionImpl, AttentionMetadata
@@ -102,6 +103,9 @@ class _RingAttention(torch.autograd.Function):
             output, lse = q.new_zeros(q.shape), q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"))
         else:
             output, lse = merged
+        if torch.compiler.is_compiling():
+            # a view, or what was written in place, loses its gradient under torch 2.11's dynamo
+            output = output.clone()
         ctx.save_for_backward(q, k, v, output, lse)
         ctx.options = ring, metadata, lengths, settings
         return output
@@ -160,7 +164,11 @@ def _pack(k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype | None = None) ->
     """Return both as one `[L, 2, B, H, D]`."""
     batch, length, heads, dim = k.shape
     packed = k.new_empty(length, 2, batch, heads, dim, dtype=dtype)
-    packed[:, 0], packed[:, 1] = k.transpose(0, 1), v.transpose(0, 1)
+    for place, x in enumerate((k, v)):
+        if torch.compiler.is_compiling() or packed.dtype != x.dtype:
+            packed[:, place] = x.transpose(0, 1)
+        else:
+            copy_words(packed[:, place], x.transpose(0, 1))
     return packed
 
 
