@@ -175,9 +175,9 @@ class _SendHeads(torch.autograd.Function):
     def forward(ctx: Any, exchange: Exchange, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         count = len(inputs) // 2 if exchange.text else len(inputs)
         tensors, text = list(inputs[:count]), list(inputs[count:])
-        ctx.exchange, ctx.heads, ctx.count = exchange, [x.shape[2] for x in tensors], len(inputs)
+        ctx.heads, ctx.count = [x.shape[2] for x in tensors], len(inputs)
         batch, held, _, dim = tensors[0].shape
-        ctx.sizes = held, exchange.text, batch, dim
+        _keep(ctx, exchange, (held, exchange.text, batch, dim), tensors[0])
         return tuple(
             ops.send_heads(tensors, text, *exchange.of_group(exchange.heads, group))
             for group in range(len(exchange.settings))
@@ -186,8 +186,8 @@ class _SendHeads(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *under_way: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        exchange = ctx.exchange
-        grads = ops.arrived_gradients_of_heads(list(under_way), ctx.heads, *ctx.sizes, *exchange.of_all(exchange.heads))
+        exchange, sizes = _kept(ctx)
+        grads = ops.arrived_gradients_of_heads(list(under_way), ctx.heads, *sizes, *exchange.of_all(exchange.heads))
         return None, *grads[: ctx.count]
 
 
@@ -196,7 +196,8 @@ class _ArrivedHeads(torch.autograd.Function):
     def forward(
         ctx: Any, exchange: Exchange, group: int, batch: int, dim: int, under_way: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        ctx.exchange, ctx.group = exchange, group
+        ctx.group = group
+        _keep(ctx, exchange, (), under_way)
         heads = ops.count_heads(exchange.heads[group], len(exchange.lengths))[exchange.rank]
         shape = sum(exchange.lengths) + exchange.text, batch, sum(heads), dim
         if exchange.trains and len(exchange.settings) > 1 and torch.compiler.is_compiling():
@@ -209,7 +210,7 @@ class _ArrivedHeads(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        exchange = ctx.exchange
+        exchange, _ = _kept(ctx)
         under_way = ops.send_gradients_of_heads(
             list(grads), exchange.text, *exchange.of_group(exchange.heads, ctx.group)
         )
@@ -219,20 +220,20 @@ class _ArrivedHeads(torch.autograd.Function):
 class _SendShards(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: Exchange, group: int, x: torch.Tensor) -> torch.Tensor:
-        ctx.exchange, ctx.group = exchange, group
-        ctx.shape = x.shape[1], x.shape[0], x.shape[2], x.shape[3]
+        ctx.group = group
+        _keep(ctx, exchange, (x.shape[1], x.shape[0], x.shape[2], x.shape[3]), x)
         under_way: torch.Tensor = ops.send_shards(x, *exchange.of_group(exchange.shard_heads, group))
         return under_way
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, under_way: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        exchange = ctx.exchange
+        exchange, shape = _kept(ctx)
         if exchange.text:
             settings = exchange.settings[ctx.group]
-            grad = ops.arrived_gradient_with_text(under_way, *ctx.shape, list(exchange.lengths), settings)
+            grad = ops.arrived_gradient_with_text(under_way, *shape, list(exchange.lengths), settings)
         else:
-            grad = _view(exchange.wait(under_way, ctx.group, "to_shards backward"), ctx.shape)
+            grad = _view(exchange.wait(under_way, ctx.group, "to_shards backward"), shape)
         return None, None, grad.transpose(0, 1)
 
 
@@ -243,7 +244,8 @@ class _ArrivedShards(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # the first has a name because torch.compile leaves out ctx where two arguments, as of one group, come by a star
         inputs = first, *others
-        ctx.exchange, count = exchange, len(inputs) // 2
+        count = len(inputs) // 2
+        _keep(ctx, exchange, (), first)
         # a compiled graph must not take the memory of what is sent for something else before it is
         under_way, sent = list(inputs[:count]), list(inputs[count:])
         shard, text = ops.arrived_shards(under_way, sent, *exchange.of_all(exchange.shard_heads))
@@ -252,7 +254,7 @@ class _ArrivedShards(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, grad_text: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        exchange = ctx.exchange
+        exchange, _ = _kept(ctx)
         groups = len(exchange.settings)
         # the last group first, as the engine goes on with it
         under_way = [
@@ -262,7 +264,30 @@ class _ArrivedShards(torch.autograd.Function):
         return None, *reversed(under_way), *(None,) * groups
 
 
-def _view(flat: torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Tensor:
+def _keep(ctx: Any, exchange: Exchange, sizes: tuple[int, ...], like: torch.Tensor) -> None:
+    """Keep an exchange, and some sizes, for backward."""
+    ctx.exchange, ctx.sizes = exchange, sizes
+    if torch.compiler.is_compiling():
+        # torch 2.10's dynamo mixes up numbers that backward takes from forward, but not those that a tensor's shape has
+        numbers = (*sizes, exchange.text, *exchange.lengths, *exchange.rows)
+        chunks = [numbers[first : first + 32] for first in range(0, len(numbers), 32)]
+        ctx.save_for_backward(*(like.new_empty((0, *chunk)) for chunk in chunks))
+
+
+def _kept(ctx: Any) -> tuple[Exchange, tuple[int, ...]]:
+    """Return what `_keep` kept."""
+    exchange = ctx.exchange
+    if not torch.compiler.is_compiling():
+        return exchange, ctx.sizes
+    ranks, count = len(exchange.lengths), len(ctx.sizes)
+    rest = [size for numbers in ctx.saved_tensors for size in numbers.shape[1:]]
+    sizes, text, lengths, rows = rest[:count], rest[count], rest[-2 * ranks : -ranks], rest[-ranks:]
+    heads, of_shards, settings = exchange.heads, exchange.shard_heads, exchange.settings
+    kept = Exchange(heads, of_shards, tuple(lengths), tuple(rows), exchange.rank, settings, text, exchange.trains)
+    return kept, tuple(sizes)
+
+
+def _view(flat: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Return the first elements of a flat tensor in a shape."""
     _, batch, heads, dim = shape
     view: torch.Tensor = flat.as_strided(shape, (batch * heads * dim, heads * dim, dim, 1))
