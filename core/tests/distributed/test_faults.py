@@ -125,4 +125,5 @@ def test_what_was_initialised_is_destroyed_at_exit_unless_an_error_ends_the_prog
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, "-c", AT_EXIT + ending]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
-    assert done.stdout.strip() == found, done.stderr
+    # torch 2.10 talks about its connections before
+    assert done.stdout.split()[-1:] == [found], done.stderr
