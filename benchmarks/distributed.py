@@ -3,13 +3,15 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/distributed.py distributed.json --plot distributed.png
     python benchmarks/distributed.py out.json                  (one GPU: what the layer costs at one rank)
     torchrun --nproc-per-node 2 benchmarks/distributed.py out.json --device cpu --quick     (a dry run)
+    torchrun --nproc-per-node 2 benchmarks/distributed.py out.json --rehearse               (on one GPU that ranks share)
 
 The sequence is Wan 14B's: 75,600 tokens of 40 heads of 128 channels in bfloat16. Efficiency is T1 / (P * TP): T1 is LocalAttention
 on the whole sequence, on all ranks at once, as heat and power are shared; TP the distributed layer. Ranks are aligned before
 each run and the slowest counts; T1 is measured before and after TP, and a row whose two T1 differ by more than 2 % says so.
 Nothing is timed whose result is wrong on a short sequence in the same process. On one GPU it times one rank's share of the work,
 transfers left out, an upper bound of the efficiency, and what the layer adds where it is alone. What is computed and not
-measured, for more GPUs than there are, is in rows of their own, made from this run's numbers alone.
+measured, for more GPUs than there are, is in rows of their own, made from this run's numbers alone. A rehearsal runs every
+case and its gate, over gloo and on a short video; what it would time means nothing, and is not kept.
 """
 
 import argparse
@@ -24,22 +26,29 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from distributed_table import FASTER
 from peers import diffusers_ulysses, fastvideo_ulysses
 from torch.profiler import ProfilerActivity, profile
 
 from attnmux import DistributedAttention, LocalAttention, SeqPlan, SPGroup, init_sequence_parallel
 from attnmux.bench import describe_environment
 from attnmux.bench.harness import CpuClock, Timing
-from attnmux.distributed import HeadPlan, count_traffic, exchange, ring
+from attnmux.distributed import HeadPlan, count_traffic, exchange_ops, ring
 from attnmux.distributed.collective import Pending, describe
-from attnmux.distributed.exchange import to_heads, to_shards
+from attnmux.distributed.exchange import Exchange, arrived_heads, arrived_shards, send_heads, send_shards
+from attnmux.distributed.merge import merge_part
 from attnmux.errors import AttnmuxError
 from attnmux.testing import assert_close_to_oracle, dense_attention_baseline, dense_attention_oracle
 
 # tokens as a video, heads, channels
-WAN, QUICK = ((21, 45, 80), 40, 128), ((4, 8, 8), 8, 64)
+WAN, QUICK = ((21, 45, 80), 40, 128), ((4, 8, 8), 32, 64)
 SPARSITY = 0.9
 DRIFT = 0.02
+WARM_UP = 3
+DENSE = ("TORCH_SDPA", "FLASH_ATTN")
+# with groups of heads
+ULYSSES = (("ulysses", 1), ("ulysses", 2))
+STRATEGIES = (*ULYSSES, ("ring", 1), ("allgather_kv", 1))
 
 
 class Shape:
@@ -79,7 +88,7 @@ def aligned(device, run, repetitions):
 def compare(device, single, several, repetitions):
     """T1 before, TP, T1 after."""
     for run in (single, several):
-        aligned(device, run, 3)
+        aligned(device, run, WARM_UP)
     before = aligned(device, single, repetitions // 2)
     shared = aligned(device, several, repetitions)
     after = aligned(device, single, repetitions - repetitions // 2)
@@ -95,16 +104,17 @@ def backend_options(backend, shape):
         from attnmux_vsa.backend import VideoSparseAttentionMetadataBuilder
 
         build = VideoSparseAttentionMetadataBuilder().build
-        return {}, build(0, shape.grid, (1, 1, 1), SPARSITY, device=shape.device)
+        # 4 x 4 x 4 divides no side of 21 x 45 but 80: tiles of other shapes cover the rest
+        return {}, build(0, shape.grid, (1, 1, 1), SPARSITY, device=shape.device, tile_policy="adaptive")
     return {}, None
 
 
-def layers(backend, strategy, shape, sp):
+def layers(backend, strategy, shape, sp, overlap=1):
     options, metadata = backend_options(backend, shape)
     options = {"backend": backend, "dtype": shape.dtype, **options}
     made = (
         LocalAttention(shape.heads, shape.dim, **options),
-        DistributedAttention(shape.heads, shape.dim, sp_group=sp, strategy=strategy, **options),
+        DistributedAttention(shape.heads, shape.dim, sp_group=sp, strategy=strategy, overlap=overlap, **options),
     )
     return *(layer.to(shape.device) for layer in made), metadata
 
@@ -118,38 +128,52 @@ def short_of(shape):
     return Shape((5, 8, 9), shape.heads, shape.dim, shape.dtype, shape.device)
 
 
-def gate(attend, small, sp, *, same_bits_as=None):
+def results(function, tensors, weight, direction):
+    """The output, and the gradients where the direction has them."""
+    trains = direction != "forward"
+    leaves = [x.detach().requires_grad_(trains) for x in tensors]
+    output = function(*leaves)
+    gradients = torch.autograd.grad(output, leaves, weight.to(output.dtype)) if trains else ()
+    return [output.detach(), *gradients]
+
+
+def gate(attend, small, sp, direction, *, same_bits_as=None):
     """Return nothing where a short sequence comes out right on every rank, else what is wrong."""
-    q, k, v = small.draw()
+    tensors = small.draw()
+    weight = tensors[2].flip(1)
     plan = SeqPlan.balanced(small.tokens, sp.size)
-    first, last = plan.range_of(sp.rank)
+    own = slice(*plan.range_of(sp.rank))
     problem = ""
-    with torch.no_grad():
-        found = attend(*shard((q, k, v), plan, sp.rank))
-        if same_bits_as is not None:
-            # heads choose for themselves
-            if not torch.equal(found, same_bits_as(q, k, v)[:, first:last]):
-                problem = "other bits than LocalAttention"
-        else:
-            oracle, baseline = dense_attention_oracle(q, k, v), dense_attention_baseline(q, k, v)
-            try:
-                assert_close_to_oracle(found, oracle[:, first:last], baseline[:, first:last])
-            except AssertionError as error:
-                problem = str(error)
+    found = results(attend, shard(tensors, plan, sp.rank), weight[:, own], direction)
+    if same_bits_as is not None:
+        # heads choose for themselves
+        want = results(same_bits_as, tensors, weight, direction)
+        if not all(torch.equal(x, y[:, own]) for x, y in zip(found, want, strict=True)):
+            problem = "other bits than LocalAttention"
+    else:
+        oracle = results(dense_attention_oracle, [x.double() for x in tensors], weight, direction)
+        baseline = results(dense_attention_baseline, tensors, weight, direction)
+        try:
+            for which, x in enumerate(found):
+                kind = "gradient" if which else "output"
+                assert_close_to_oracle(x, oracle[which][:, own], baseline[which][:, own], kind=kind)
+        except AssertionError as error:
+            problem = str(error)
     problems = [""] * sp.size
     dist.all_gather_object(problems, problem)
     return next(filter(None, problems), "")
 
 
-def gate_layers(backend, strategy, shape, sp):
+def gate_layers(backend, strategy, shape, sp, overlap, direction):
     small = short_of(shape)
-    local, several, metadata = layers(backend, strategy, small, sp)
+    local, several, metadata = layers(backend, strategy, small, sp, overlap)
     plan = SeqPlan.balanced(small.tokens, sp.size)
     is_exact = local.selection.spec.capabilities.exactness == "exact"
     return gate(
         lambda q, k, v: several(q, k, v, plan=plan, attn_metadata=metadata)[0],
         small,
         sp,
+        direction,
         same_bits_as=None if is_exact else lambda q, k, v: local(q, k, v, attn_metadata=metadata),
     )
 
@@ -173,11 +197,11 @@ def with_gradients(function, *arguments, **options):
     return run
 
 
-def measure_strategy(backend, strategy, shape, sp, arguments, direction):
-    row = {"backend": backend, "strategy": strategy, "direction": direction, "peer": False}
+def measure_strategy(backend, strategy, overlap, shape, sp, arguments, direction):
+    row = {"backend": backend, "strategy": strategy, "overlap": overlap, "direction": direction, "peer": False}
     try:
-        local, several, metadata = layers(backend, strategy, shape, sp)
-        problem = gate_layers(backend, strategy, shape, sp)
+        local, several, metadata = layers(backend, strategy, shape, sp, overlap)
+        problem = gate_layers(backend, strategy, shape, sp, overlap, direction)
     except (AttnmuxError, ImportError) as error:
         return {**row, "gate": "not run", "refused": str(error).splitlines()[0]}
     if problem:
@@ -189,14 +213,14 @@ def measure_strategy(backend, strategy, shape, sp, arguments, direction):
     several_run = wrap(several, *own, plan=plan, attn_metadata=metadata)
     with count_traffic() as traffic:
         several_run()
-    single, shared, drift = compare(
-        shape.device, wrap(local, *tensors, attn_metadata=metadata), several_run, arguments.repetitions
-    )
+    measured = compare(shape.device, wrap(local, *tensors, attn_metadata=metadata), several_run, arguments.repetitions)
     counted = {"collectives": traffic.collectives, "bytes_sent": traffic.bytes_sent}
-    return {**row, "gate": "green", **counted, **times(single, shared, drift, sp.size)}
+    return {**row, "gate": "green", **counted, **times(*measured, sp.size, arguments)}
 
 
-def times(single, shared, drift, size):
+def times(single, shared, drift, size, arguments):
+    if arguments.rehearse:
+        return {"rehearsed": True}
     return {
         "t1_ms": single.median_ms,
         "t1_p20_ms": single.p20_ms,
@@ -213,20 +237,20 @@ def times(single, shared, drift, size):
 
 def measure_peer(name, make, shape, sp, arguments):
     """A peer of ulysses; `make` returns what it runs for the heads of one rank of a shape."""
-    row = {"backend": name, "strategy": "ulysses", "direction": "forward", "peer": True}
+    row = {"backend": name, "strategy": "ulysses", "overlap": 1, "direction": "forward", "peer": True}
     if shape.tokens % sp.size or shape.heads % sp.size:
         return {**row, "gate": "not run", "refused": "tokens and heads must be multiples of the ranks"}
     try:
         attend = make(shape)
     except ImportError as error:
         return {**row, "gate": "not run", "refused": f"{error}"}
-    if problem := gate(attend, short_of(shape), sp):
+    if problem := gate(attend, short_of(shape), sp, "forward"):
         return {**row, "gate": "red", "refused": problem}
     local = LocalAttention(shape.heads, shape.dim, backend="TORCH_SDPA", dtype=shape.dtype)
     plan = SeqPlan.balanced(shape.tokens, sp.size)
     tensors = shape.draw()
     runs = without_gradients(local, *tensors), without_gradients(attend, *shard(tensors, plan, sp.rank))
-    measured = times(*compare(shape.device, *runs, arguments.repetitions), sp.size)
+    measured = times(*compare(shape.device, *runs, arguments.repetitions), sp.size, arguments)
     return {**row, "gate": "green", **measured}
 
 
@@ -246,9 +270,12 @@ def measure_parts(shape, sp, repetitions):
     group = sp if sp.size > 1 else SPGroup.from_group(dist.group.WORLD)
     settings = describe(group, {"case": "exchange alone"})
 
+    call = Exchange.of((heads,), "qkk", plan, sp.rank, settings)
+
     def exchange_alone():
-        q, _, _ = to_heads(own, [], [heads.q] * 3, plan, sp.rank, settings)
-        to_shards(q, heads.q, plan, sp.rank, settings)
+        (under_way,) = send_heads(call, own, [])
+        q, _, _ = arrived_heads(call, 0, under_way, 1, shape.dim)
+        arrived_shards(call, [send_shards(call, 0, q)], [q])
 
     with torch.no_grad(), count_traffic() as traffic:
         exchange_alone()
@@ -296,33 +323,86 @@ def measure_one_rank(shape):
     return found
 
 
-def measure_share(shape, ranks, strategy, arguments):
-    """One rank's share of the work on this GPU, transfers left out: what efficiency they leave to lose from."""
-    fill = [True]
+class LeftOut:
+    """Transfers that are left out inside the block: what would come is filled in from memory, and the time of that is known."""
 
-    def left_out(received, sent, *_, **__):
-        # numbers like those that would come, and from then on whatever the memory holds
-        if fill[0]:
-            received.normal_()
+    def __init__(self, device):
+        self.device, self.prepared, self.intervals = device, {}, []
+
+    def fill(self, received, sent, *_, **__):
+        if received.numel() not in self.prepared:
+            # numbers like those that would come: what sparse backends choose depends on them
+            self.prepared[received.numel()] = torch.randn_like(received)
+        source = self.prepared[received.numel()]
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            received.copy_(source)
+            end.record()
+            self.intervals.append((start, end))
+        else:
+            started = time.perf_counter()
+            received.copy_(source)
+            self.intervals.append(time.perf_counter() - started)
         return Pending(received, Finished(), "")
 
-    several = DistributedAttention(
-        shape.heads,
-        shape.dim,
-        backend="TORCH_SDPA",
-        dtype=shape.dtype,
-        sp_group=SPGroup("left out", 0, ranks),
-        strategy=strategy,
-    )
-    local = LocalAttention(shape.heads, shape.dim, backend="TORCH_SDPA", dtype=shape.dtype)
+    def measure(self, measure, runs):
+        """Return what `measure` does, and the milliseconds that one of its `runs` spent with filling in."""
+        self.intervals.clear()
+        with (
+            patch.object(exchange_ops, "begin_all_to_all", self.fill),
+            patch.object(ring, "start_all_to_all", self.fill),
+        ):
+            found = measure()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return found, sum(start.elapsed_time(end) for start, end in self.intervals) / runs
+        return found, 1e3 * sum(self.intervals) / runs
+
+
+def measure_share(backend, shape, ranks, strategy, overlap, arguments):
+    """One rank's share of the work on this GPU, transfers left out: what efficiency they leave to lose from."""
+    row = {"backend": backend, "ranks": ranks, "strategy": strategy, "overlap": overlap}
+    try:
+        local, several, metadata = layers(backend, strategy, shape, SPGroup("left out", 0, ranks), overlap)
+    except (AttnmuxError, ImportError) as error:
+        return {**row, "refused": str(error).splitlines()[0]}
     tensors, plan = shape.draw(), SeqPlan.balanced(shape.tokens, ranks)
-    run = without_gradients(several, *shard(tensors, plan, 0), plan=plan)
-    with patch.object(exchange, "all_to_all", left_out), patch.object(ring, "start_all_to_all", left_out):
-        run()
-        run()
-        fill[0] = False
-        single, shared, drift = compare(shape.device, without_gradients(local, *tensors), run, arguments.repetitions)
-    return {"ranks": ranks, "strategy": strategy, **times(single, shared, drift, ranks)}
+    run = without_gradients(several, *shard(tensors, plan, 0), plan=plan, attn_metadata=metadata)
+    whole = without_gradients(local, *tensors, attn_metadata=metadata)
+    (single, shared, drift), filled = LeftOut(shape.device).measure(
+        lambda: compare(shape.device, whole, run, arguments.repetitions), arguments.repetitions + WARM_UP
+    )
+    found = times(single, shared, drift, ranks, arguments)
+    for name in ("tp_ms", "tp_p20_ms", "tp_p80_ms"):
+        found[name] -= filled
+    efficiency = found["t1_ms"] / (ranks * found["tp_ms"])
+    remark = {"remark": FASTER} if efficiency > 1 else {}
+    return {**row, **found, "efficiency": efficiency, "filled_in_ms": filled, **remark}
+
+
+def measure_copies(shape, ranks, repetitions):
+    """What a rank does besides attention and transfers: packing and unpacking of ulysses, a merge of the ring."""
+    plan, heads = SeqPlan.balanced(shape.tokens, ranks), HeadPlan.of(shape.heads, shape.heads, ranks)
+    call = Exchange.of((heads,), "qkk", plan, 0, "left out")
+    own = shard(shape.draw(), plan, 0)
+    lse = [torch.randn(1, shape.heads, plan.lengths[0], device=shape.device) for _ in range(2)]
+
+    def exchange_alone():
+        (under_way,) = send_heads(call, own, [])
+        q, _, _ = arrived_heads(call, 0, under_way, 1, shape.dim)
+        arrived_shards(call, [send_shards(call, 0, q)], [q])
+
+    def time_of(run):
+        aligned(shape.device, run, WARM_UP)
+        return Timing.of(aligned(shape.device, run, repetitions)).median_ms
+
+    with torch.no_grad():
+        exchange_ms, filled = LeftOut(shape.device).measure(lambda: time_of(exchange_alone), repetitions + WARM_UP)
+        merge_ms = time_of(lambda: merge_part((own[0], lse[0]), own[1], lse[1], dtype=shape.dtype))
+    # q, k, v are written into one buffer, the output is read from one
+    moved = 8 * own[0].numel() * own[0].element_size()
+    return {"ranks": ranks, "exchange_ms": exchange_ms - filled, "exchange_bytes": moved, "merge_ms": merge_ms}
 
 
 class Finished:
@@ -332,7 +412,7 @@ class Finished:
 
 def compute_rows(parts, size, between_nodes):
     """What this run's numbers give for 8 GPUs of one host, and for 64 of eight, whose link somebody has to have measured."""
-    if size < 2:
+    if size < 2 or not parts:
         return []
     # a rank sends 4 N (P - 1) / P elements, N = all tokens / P
     unit = parts["bytes_sent"] * size**2 / (size - 1)
@@ -351,13 +431,31 @@ def compute_rows(parts, size, between_nodes):
     return rows
 
 
+def compute_from_shares(shares, shape, bandwidth):
+    """What one rank's share and the transfers that nothing hides give, at GB/s that somebody has to have measured."""
+    rows = []
+    for share in shares if bandwidth else []:
+        if "efficiency" not in share or share["strategy"] != "ulysses":
+            continue
+        ranks, overlap = share["ranks"], share["overlap"]
+        # of all groups but one, the way there; of all but one, the way back
+        sent = 4 * shape.tokens // ranks * shape.heads * shape.dim * 2 * (ranks - 1) / ranks / overlap
+        ms = share["tp_ms"] + sent / (bandwidth * 1e6)
+        which = {name: share[name] for name in ("backend", "strategy", "overlap")}
+        made_from = {"t1_ms": share["t1_ms"], "tp_ms": share["tp_ms"], "GB_per_s, given": bandwidth}
+        efficiency = share["t1_ms"] / (ranks * ms)
+        remark = {"remark": FASTER} if efficiency > 1 else {}
+        rows.append({"gpus": ranks, **which, "efficiency": efficiency, "made_from": made_from, **remark})
+    return rows
+
+
 def plot(found, path):
     from matplotlib.figure import Figure
 
     rows = [row for row in found["rows"] if row["gate"] == "green"]
     figure = Figure(figsize=(7, 1.4 + 0.3 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    names = [f"{row['backend']} {row['strategy']} {row['direction']}" for row in rows]
+    names = [f"{row['backend']} {row['strategy']} x{row['overlap']} {row['direction']}" for row in rows]
     axes.barh(
         names,
         [100 * row["efficiency"] for row in rows],
@@ -372,9 +470,9 @@ def plot(found, path):
 def show(found):
     out = sys.stdout.write
     for row in found["rows"]:
-        name = f"{row['backend']:20s} {row['strategy']:13s} {row['direction']:17s}"
+        name = f"{row['backend']:20s} {row['strategy']:12s} x{row['overlap']} {row['direction']:18s}"
         if "efficiency" not in row:
-            out(f"{name} {row['gate']}: {row['refused']}\n")
+            out(f"{name} {row['gate']}: {row.get('refused', 'it runs')}\n")
             continue
         note = "  (T1 drifted)" if row["drifted"] else ""
         out(f"{name} T1 {row['t1_ms']:9.3f} ms  TP {row['tp_ms']:9.3f} ms  efficiency {row['efficiency']:.4f}{note}\n")
@@ -382,19 +480,29 @@ def show(found):
     for name, value in (found["one_rank"] or {}).items():
         out(f"one rank: {name}: {len(value) if isinstance(value, list) else value}\n")
     for row in found["shares_without_transfer"]:
-        name = f"{row['strategy']:8s} of {row['ranks']}, transfers left out"
-        speed = f"efficiency {row['efficiency']:.4f}  drift {row['drift']:.4f}"
+        name = f"{row['backend']:20s} {row['strategy']:8s} x{row['overlap']} of {row['ranks']}, transfers left out"
+        if "efficiency" not in row:
+            out(f"{name}: {row.get('refused', 'it runs')}\n")
+            continue
+        speed = f"efficiency {row['efficiency']:.4f}  drift {row['drift']:.4f}" + (
+            " (above 1)" if "remark" in row else ""
+        )
         out(f"{name}: T1 {row['t1_ms']:.3f} ms  TP {row['tp_ms']:.3f} ms  {speed}\n")
+    for row in found["copies"]:
+        speed = row["exchange_bytes"] / row["exchange_ms"] * 1e-9
+        out(
+            f"copies of {row['ranks']}: exchange {row['exchange_ms']:.3f} ms, {speed:.2f} TB/s; merge {row['merge_ms']:.3f} ms\n"
+        )
     out("".join(f"computed, not measured: {json.dumps(row)}\n" for row in found["computed"]))
 
 
-def join(device):
+def join(backend):
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    return init_sequence_parallel(backend="nccl" if device == "cuda" else "gloo")
+    return init_sequence_parallel(backend=backend)
 
 
 def main():
@@ -402,27 +510,35 @@ def main():
     parser.add_argument("output")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="a tiny video")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run everything on ranks that share a GPU, and time nothing"
+    )
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument("--train", action="store_true", help="forward and backward together, too")
     parser.add_argument("--backends", nargs="+", default=["TORCH_SDPA", "FLASH_ATTN", "VIDEO_SPARSE_ATTN", "SLA_ATTN"])
     parser.add_argument(
         "--between-nodes", type=float, help="GB/s per GPU that were measured between hosts, for 64 GPUs"
     )
+    parser.add_argument(
+        "--between-gpus",
+        type=float,
+        help="GB/s per GPU that were measured within a host, for what one GPU computes for several",
+    )
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
 
-    sp = join(arguments.device)
+    sp = join("nccl" if arguments.device == "cuda" and not arguments.rehearse else "gloo")
     device = torch.device("cuda", torch.cuda.current_device()) if arguments.device == "cuda" else torch.device("cpu")
     shape = Shape(
-        *(QUICK if arguments.quick else WAN), torch.bfloat16 if device.type == "cuda" else torch.float32, device
+        *(QUICK if arguments.quick or arguments.rehearse else WAN),
+        torch.bfloat16 if device.type == "cuda" else torch.float32,
+        device,
     )
     rows = []
     for backend in arguments.backends:
-        for strategy in (
-            ("ulysses", "ring", "allgather_kv") if backend in ("TORCH_SDPA", "FLASH_ATTN") else ("ulysses",)
-        ):
+        for strategy, overlap in STRATEGIES if backend in DENSE else ULYSSES:
             for direction in ("forward", "forward + backward")[: 1 + arguments.train]:
-                rows.append(measure_strategy(backend, strategy, shape, sp, arguments, direction))
+                rows.append(measure_strategy(backend, strategy, overlap, shape, sp, arguments, direction))
                 if sp.size == 1:
                     break
             if sp.size == 1:
@@ -432,27 +548,35 @@ def main():
         rows.append(measure_peer(diffusers_ulysses.version(), make_diffusers, shape, sp, arguments))
         rows.append(measure_peer("FastVideo's passes", make_fastvideo, shape, sp, arguments))
     parts = measure_parts(shape, sp, arguments.repetitions)
-    one_rank, shares = None, []
+    if arguments.rehearse:
+        parts = {}
+    one_rank, shares, copies = None, [], []
     if sp.size == 1:
         one_rank = measure_one_rank(shape)
-        shares = [measure_share(shape, n, name, arguments) for n in (2, 8) for name in ("ulysses", "ring")]
+        for backend in arguments.backends:
+            strategies = (*ULYSSES, ("ring", 1)) if backend in DENSE else ULYSSES
+            shares += [measure_share(backend, shape, n, *each, arguments) for n in (2, 8) for each in strategies]
+        copies = [measure_copies(shape, ranks, arguments.repetitions) for ranks in (2, 8)]
     environment = describe_environment(device, commit=os.environ.get("COMMIT"))
     found = {
         **vars(environment),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else "",
         "ranks": sp.size,
+        "rehearsal": arguments.rehearse,
         "shape": {"tokens": shape.tokens, "heads": shape.heads, "head_size": shape.dim, "dtype": str(shape.dtype)},
         "sparsity": SPARSITY,
         "rows": rows,
         "parts": parts,
         "one_rank": one_rank,
         "shares_without_transfer": shares,
-        "computed": compute_rows(parts, sp.size, arguments.between_nodes),
+        "copies": copies,
+        "computed": compute_rows(parts, sp.size, arguments.between_nodes)
+        + compute_from_shares(shares, shape, arguments.between_gpus),
     }
     if sp.rank == 0:
         Path(arguments.output).write_text(json.dumps(found, indent=1) + "\n")
         show(found)
-        if arguments.plot:
+        if arguments.plot and not arguments.rehearse:
             plot(found, arguments.plot)
 
 

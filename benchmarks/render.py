@@ -3,13 +3,16 @@
     python benchmarks/render.py docs/benchmarks.md benchmarks/results [--plots docs/images]
 
 A section begins with `<!-- benchmarks: FILE.json -->`, or `<!-- benchmarks: FILE.json CASE, CASE* -->` for some of its cases, and
-ends with `<!-- /benchmarks -->`; what stands between is replaced.
+ends with `<!-- /benchmarks -->`; what stands between is replaced. Likewise from `<!-- distributed: FILE.json -->` to
+`<!-- /distributed -->`, for a file of `benchmarks/distributed.py`.
 """
 
 import argparse
 import re
 import sys
 from pathlib import Path
+
+from distributed_table import fill
 
 from attnmux.bench import read_rows
 from attnmux.bench.plots import plot_rows
@@ -26,7 +29,7 @@ def main():
     arguments = parser.parse_args()
     before = arguments.document.read_text(encoding="utf-8")
     try:
-        after = fill_document(before, arguments.results)
+        after = fill(fill_document(before, arguments.results), arguments.results)
         if arguments.check:
             return int(after != before)
         arguments.document.write_text(after, encoding="utf-8")

@@ -27,6 +27,9 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=5, help="need not be a multiple of the ranks")
     parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--strategy", choices=["ulysses", "ring", "allgather_kv"], default="ulysses")
+    parser.add_argument(
+        "--overlap", type=int, default=1, help="groups of heads that ulysses exchanges one after the other"
+    )
     arguments = parser.parse_args()
 
     sp = init_sequence_parallel(backend="nccl" if arguments.device == "cuda" else "gloo")
@@ -42,9 +45,8 @@ def main() -> None:
     weight = make(arguments.tokens)
 
     # the model: the default group is the one of init_sequence_parallel
-    attention = DistributedAttention(
-        arguments.heads, arguments.head_size, backend="TORCH_SDPA", strategy=arguments.strategy
-    )
+    options = {"strategy": arguments.strategy, "overlap": arguments.overlap}
+    attention = DistributedAttention(arguments.heads, arguments.head_size, backend="TORCH_SDPA", **options)
     plan = SeqPlan.balanced(arguments.tokens, sp.size)
     first, last = plan.range_of(sp.rank)
     shard = [x[:, first:last].clone().requires_grad_() for x in video]

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -133,6 +134,30 @@ def test_backend_table_is_made_from_the_capabilities():
     script = [sys.executable, ROOT / "scripts" / "backend_table.py", ROOT / "docs" / "choose.md", "--check"]
     done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_an_efficiency_above_one_is_explained_and_a_computed_one_says_from_what(tmp_path):
+    fill = runpy.run_path(str(ROOT / "benchmarks" / "distributed_table.py"))["fill"]
+    share = {"backend": "A", "ranks": 2, "strategy": "ulysses", "overlap": 1, "t1_ms": 30.0, "drifted": False}
+    rows = [
+        {**share, "tp_ms": 14.0, "efficiency": 30 / 28},
+        {**share, "overlap": 2, "tp_ms": 16.0, "efficiency": 30 / 32, "drifted": True},
+    ]
+    of = {
+        "backend": "A",
+        "gpus": 2,
+        "strategy": "ulysses",
+        "overlap": 2,
+        "efficiency": 0.9,
+        "made_from": {"GB_per_s, given": 370.0},
+    }
+    (tmp_path / "found.json").write_text(json.dumps({"shares_without_transfer": rows, "computed": [of]}))
+    found = fill("<!-- distributed: found.json -->old<!-- /distributed -->", tmp_path)
+    assert "| A | 2 | ulysses | 1 | 30.0 | 14.0 | 107.1 (1) |  |" in found
+    assert "| A | 2 | ulysses | 2 | 30.0 | 16.0 | 93.8 (2) | 90.0 |" in found
+    assert "(1) above 1: attention to a share takes less time per head" in found
+    assert "at 370 GB/s, which was given and not measured" in found
+    assert "old" not in found
 
 
 def test_command_page_names_every_command():

@@ -44,11 +44,13 @@ def test_page_shows_what_the_record_of_the_example_says():
 
 
 @pytest.mark.parametrize(
-    ("ranks", "strategy", "collectives"), [(1, "ulysses", 0), (2, "ulysses", 4), (2, "ring", 3)], ids=str
+    ("ranks", "strategy", "overlap", "collectives"),
+    [(1, "ulysses", 1, 0), (2, "ulysses", 2, 8), (2, "ring", 1, 3)],
+    ids=str,
 )
-def test_sequence_parallel_agrees_with_one_process(ranks, strategy, collectives):
+def test_sequence_parallel_agrees_with_one_process(ranks, strategy, overlap, collectives):
     # 5 heads and 51 tokens are 3 and 2 heads, 26 and 25 tokens
-    small = ("--tokens", 51, "--text", 3, "--head-size", 16, "--strategy", strategy)
+    small = ("--tokens", 51, "--text", 3, "--head-size", 16, "--strategy", strategy, "--overlap", overlap)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
     done = subprocess.run(
         [sys.executable, *launcher, ROOT / "examples" / "sequence_parallel.py", *map(str, small)],

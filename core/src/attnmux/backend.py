@@ -8,6 +8,7 @@ AttentionMetadataBuilder  makes the metadata from what a pipeline knows
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
@@ -19,6 +20,7 @@ from attnmux.errors import UnsupportedRequestError
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Self
 
     from attnmux.spec import AttentionRequest, Reason
 
@@ -200,10 +202,22 @@ class AttentionImpl(ABC, Generic[T]):
     def set_head_range(self, first: int, last: int, *, total: int) -> None:
         """Learn which heads of the layer this impl computes: [first, last) of `total`; the rest is on other ranks.
 
-        Called once, after construction and only under sequence parallelism, where `num_heads` is this rank's share.
+        Called after construction and only under sequence parallelism, where `num_heads` is this rank's share.
         """
         self.head_range = (first, last)
         self.total_num_heads = total
+
+    def of_heads(self, first: int, last: int) -> Self:
+        """Return an impl for some of this one's heads, with the same parameters: [first, last) of the layer's.
+
+        Called after `set_head_range`, where the heads of a rank are attended to group by group. This one is a copy that shares
+        what the impl holds and knows its range; an impl that holds something per head overrides it.
+        """
+        part = copy.copy(self)
+        part.num_heads = last - first
+        part.num_kv_heads = part.num_heads * self.num_kv_heads // self.num_heads
+        part.set_head_range(first, last, total=self.total_num_heads)
+        return part
 
     def preprocess_qkv(self, qkv: torch.Tensor, attn_metadata: T | None) -> torch.Tensor:
         """Rearrange q, k or v before attention; the same on each, independent of the batch. Identity by default.

@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from attnmux import DistributedAttention, SeqPlan, SPGroup
 from attnmux.distributed.collective import describe
-from attnmux.distributed.exchange import to_heads, to_shards
+from attnmux.distributed.exchange import Exchange, arrived_heads, arrived_shards, send_heads, send_shards
 from attnmux.distributed.gather import gather_keys
 from attnmux.distributed.plan import HeadPlan
 from attnmux.distributed.ring import Ring, ring_attention
@@ -14,9 +14,9 @@ from attnmux.testing import assert_close_to_oracle, dense_attention_baseline, de
 DIM = 64
 
 
-def strategy(sp, name, backend, causal, text):
+def strategy(sp, name, backend, causal, text, overlap):
     """Output and gradients of a strategy obey the error rule."""
-    length, heads, kv_heads = 301, 4, 2
+    length, heads, kv_heads = 301, 8, 4
     generator = torch.Generator("cuda").manual_seed(0)
 
     def make(rows, n):
@@ -41,7 +41,15 @@ def strategy(sp, name, backend, causal, text):
     mine = [x[:, first:last].clone().requires_grad_() for x in tensors]
     words = [x[:, length:].clone().requires_grad_() for x in tensors] if text else []
     layer = DistributedAttention(
-        heads, DIM, kv_heads, causal=causal, backend=backend, dtype=torch.bfloat16, sp_group=sp, strategy=name
+        heads,
+        DIM,
+        kv_heads,
+        causal=causal,
+        backend=backend,
+        dtype=torch.bfloat16,
+        sp_group=sp,
+        strategy=name,
+        overlap=overlap,
     )
     output, tail = layer(*mine, None, *words, plan=plan)
     loss = (output * weight[:, first:last]).sum()
@@ -65,8 +73,8 @@ def strategy(sp, name, backend, causal, text):
             near(total.to(x.dtype), which, rest, f"{name}: gradient of text {which}")
 
 
-def sparse(sp, backend):
-    """Backends that choose keys head by head give the bits of one process, forward and backward, through strided views."""
+def sparse(sp, backend, overlap):
+    """Backends that work head by head give the bits of one process, and their gradients if they have any, of strided views."""
     from attnmux import LocalAttention
 
     grid, heads = (8, 8, 9), 3
@@ -81,19 +89,29 @@ def sparse(sp, backend):
 
         mask = torch.rand(heads, 9, 9, generator=torch.Generator().manual_seed(3)) < 0.5
         metadata = BlockSparseAttentionMetadata(0, BlockIndex.from_block_mask(mask.cuda(), block_q=64, block_k=64))
+    elif backend == "VMOBA_ATTN":
+        from attnmux_vmoba.backend import VMOBAAttentionMetadataBuilder
+
+        options["layer_idx"] = 0
+        metadata = VMOBAAttentionMetadataBuilder().build(
+            0, grid, (1, 1, 1), temporal_chunk_size=2, temporal_topk=2, spatial_chunk_size=(4, 3), spatial_topk=3,
+            st_chunk_size=(4, 4, 3), st_topk=3, device="cuda",
+        )  # fmt: skip
     generator = torch.Generator("cuda").manual_seed(0)
     tensors = [torch.randn(1, length, heads, DIM, generator=generator, device="cuda").bfloat16() for _ in range(4)]
     plan = SeqPlan.balanced(length, sp.size)
     own = slice(*plan.range_of(sp.rank))
 
     def run(layer, rows, **inputs):
-        leaves = [x[:, rows].clone().requires_grad_() for x in tensors[:3]]
+        trains = layer.selection.spec.capabilities.backward
+        leaves = [x[:, rows].clone().requires_grad_(trains) for x in tensors[:3]]
         output = layer.cuda()(*leaves, attn_metadata=metadata, **inputs)
         output = output[0] if isinstance(output, tuple) else output
-        output.backward(tensors[3][:, rows])
-        return [output.detach(), *(x.grad for x in leaves)]
+        if trains:
+            output.backward(tensors[3][:, rows])
+        return [output.detach(), *(x.grad for x in leaves if trains)]
 
-    found = run(DistributedAttention(heads, DIM, sp_group=sp, **options), own, plan=plan)
+    found = run(DistributedAttention(heads, DIM, sp_group=sp, overlap=overlap, **options), own, plan=plan)
     for which, (x, y) in enumerate(zip(found, run(LocalAttention(heads, DIM, **options), slice(None)), strict=True)):
         assert torch.equal(x, y[:, own]), f"{backend}: other bits in {which}"
 
@@ -106,11 +124,17 @@ def one_rank(sp):
     settings = describe(SPGroup.from_group(dist.group.WORLD, timeout=5.0), {"case": "one rank"})
     layer = DistributedAttention(4, DIM, 2, backend="TORCH_SDPA", dtype=torch.bfloat16, sp_group=SPGroup.local())
     ring = Ring(layer.attn_impl, layer.attn_impl, 0, 1)
+    # two groups of heads: what is under way is on a stream of NCCL's
+    exchange = Exchange.of(of.groups(2), "qkk", plan, 0, settings)
 
     def run():
-        x, y, z = to_heads([q, k, v], [], [of.q, of.kv, of.kv], plan, 0, settings)
-        y, z = gather_keys(y, z, [], (9,), 0, settings)
-        return to_shards(ring_attention(x, y, z, ring, None, (9,), settings), of.q, plan, 0, settings)[0]
+        back, sent = [], []
+        for group, under_way in enumerate(send_heads(exchange, [q, k, v], [])):
+            x, y, z = arrived_heads(exchange, group, under_way, 2, DIM)
+            y, z = gather_keys(y, z, [], (9,), 0, settings)
+            sent.append(ring_attention(x, y, z, ring, None, (9,), settings))
+            back.append(send_shards(exchange, group, sent[-1]))
+        return arrived_shards(exchange, back, sent)[0]
 
     with torch.no_grad():
         want = layer(q, k, v)[0]
@@ -128,10 +152,11 @@ def one_rank(sp):
         assert torch.equal(found, layer(q, k, v)[0])
 
 
-def captured(sp, name):
+def captured(sp, name, overlap):
     """A layer over several GPUs in a CUDA graph gives the bits it gives without."""
     q, k, v = (torch.randn(1, 96, 4, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    layer = DistributedAttention(4, DIM, backend="TORCH_SDPA", dtype=torch.bfloat16, sp_group=sp, strategy=name)
+    options = {"backend": "TORCH_SDPA", "dtype": torch.bfloat16, "strategy": name, "overlap": overlap}
+    layer = DistributedAttention(4, DIM, sp_group=sp, **options)
     with torch.no_grad():
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
@@ -147,10 +172,11 @@ def captured(sp, name):
         assert torch.equal(found, layer(q, k, v)[0])
 
 
-def compiled(sp, name):
+def compiled(sp, name, overlap):
     """Inductor gives what eager does, within the rule for another order of operations."""
     tensors = [torch.randn(1, 96, 4, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    layer = DistributedAttention(4, DIM, backend="TORCH_SDPA", dtype=torch.bfloat16, sp_group=sp, strategy=name)
+    options = {"backend": "TORCH_SDPA", "dtype": torch.bfloat16, "strategy": name, "overlap": overlap}
+    layer = DistributedAttention(4, DIM, sp_group=sp, **options)
 
     def run(function):
         leaves = [x.clone().requires_grad_() for x in tensors]

@@ -19,7 +19,7 @@ from attnmux import (
     use_sp,
 )
 from attnmux.distributed.collective import count_traffic, describe
-from attnmux.distributed.exchange import to_heads, to_shards
+from attnmux.distributed.exchange import Exchange, arrived_heads, arrived_shards, send_heads, send_shards
 from attnmux.distributed.plan import HeadPlan
 from attnmux.rotary import apply_rotary
 from attnmux.testing import assert_close_to_oracle
@@ -81,9 +81,9 @@ def divided(sp):
     return _divided[sp]
 
 
-def compare(sp, length, batch, heads, kv_heads, text, rotary, padded, causal=False, strategy="ulysses", **options):
+def compare(sp, length, batch, heads, kv_heads, text, rotary, padded, causal=False, strategy="ulysses", overlap=1):
     plan = SeqPlan.padded(length, -(-length // sp.size) + 1, sp.size) if padded else SeqPlan.balanced(length, sp.size)
-    arguments = {"num_kv_heads": kv_heads, "causal": causal, "strategy": strategy, **options}
+    arguments = {"num_kv_heads": kv_heads, "causal": causal, "strategy": strategy, "overlap": overlap}
     return compare_shards(sp, plan, batch, heads, text, rotary, original_seq_len=padded, **arguments)
 
 
@@ -98,7 +98,9 @@ def scaled(sp, scale):
         compare_shards(sp, SeqPlan.balanced(9, sp.size), 1, 4, 1, False, **options)
 
 
-def compare_shards(sp, plan, batch, heads, text, rotary, *, strategy, num_kv_heads, original_seq_len=False, **options):
+def compare_shards(
+    sp, plan, batch, heads, text, rotary, *, strategy, num_kv_heads, original_seq_len=False, overlap=1, **options
+):
     """Outputs and gradients of q, k, v and text against LocalAttention; returns what was sent."""
     if strategy == "usp" and sp.size > 1:
         sp = divided(sp)
@@ -114,7 +116,7 @@ def compare_shards(sp, plan, batch, heads, text, rotary, *, strategy, num_kv_hea
     count = last - first
     mine = shards(video, plan, sp.rank, strided=batch == 2)
     my_words = [x.clone().requires_grad_() for x in words]
-    layer = DistributedAttention(heads, DIM, sp_group=sp, strategy=strategy, **arguments)
+    layer = DistributedAttention(heads, DIM, sp_group=sp, strategy=strategy, overlap=overlap, **arguments)
     inputs = {"original_seq_len": plan.length} if original_seq_len else {"plan": plan}
     if text:
         inputs.update(zip(REPLICATED, my_words, strict=True))
@@ -144,20 +146,26 @@ def compare_shards(sp, plan, batch, heads, text, rotary, *, strategy, num_kv_hea
     return forward.collectives, forward.elements_sent, backward.collectives, backward.elements_sent
 
 
-def there_and_back(sp, lengths, rows, batch, heads, kv_heads, text):
+def there_and_back(sp, lengths, rows, batch, heads, kv_heads, text, groups):
     """The exchange alone: the right heads of every token arrive, and what goes back is what was there."""
     plan, of = SeqPlan(lengths, rows), HeadPlan.of(heads, kv_heads, sp.size)
     generator = torch.Generator().manual_seed(1)
     tensors = [torch.randn(batch, plan.length, n, 2, generator=generator) for n in (heads, kv_heads)]
     words = [torch.randn(batch, text, n, 2, generator=generator) for n in (heads, kv_heads)] if text else []
-    settings = describe(sp, {"case": (lengths, rows, batch, heads, kv_heads, text)})
+    settings = describe(sp, {"case": (lengths, rows, batch, heads, kv_heads, text, groups)})
     mine = [x.detach() for x in shards(tensors, plan, sp.rank)]
-    arrived = to_heads(mine, words, [of.q, of.kv], plan, sp.rank, settings)
-    for i, ranges in enumerate((of.q, of.kv)):
-        first, last = ranges[sp.rank]
-        want = tensors[i][:, :, first:last]
-        assert torch.equal(arrived[i], torch.cat((want, words[i][:, :, first:last]), 1) if text else want)
-    shard, tail = to_shards(arrived[0], of.q, plan, sp.rank, settings)
+    parts = of.groups(groups)
+    exchange = Exchange.of(parts, "qk", plan, sp.rank, settings, text=text)
+    back, sent = [], []
+    for group, under_way in enumerate(send_heads(exchange, mine, words)):
+        found = arrived_heads(exchange, group, under_way, batch, 2)
+        for x, ranges, which in zip(found, (parts[group].q, parts[group].kv), range(2), strict=True):
+            first, last = ranges[sp.rank]
+            want = tensors[which][:, :, first:last]
+            assert torch.equal(x, torch.cat((want, words[which][:, :, first:last]), 1) if text else want)
+        sent.append(found[0])
+        back.append(send_shards(exchange, group, found[0]))
+    shard, tail = arrived_shards(exchange, back, sent)
     first, last = plan.range_of(sp.rank)
     assert torch.equal(shard[:, : last - first], tensors[0][:, first:last])
     assert not shard[:, last - first :].any()
@@ -166,17 +174,27 @@ def there_and_back(sp, lengths, rows, batch, heads, kv_heads, text):
 
 def operators(sp):
     """The custom operators pass torch's own checks."""
-    plan, of = SeqPlan((3,) + (2,) * (sp.size - 1), (3,) * sp.size), HeadPlan.of(5, 5, sp.size)
-    settings = describe(sp, {"case": "opcheck"})
-    q, k = (torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    words = [torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    ranges = [bound for first_last in of.q for _ in range(2) for bound in first_last]
-    rest = (list(plan.lengths), list(plan.rows), sp.rank, settings)
-    torch.library.opcheck(torch.ops.attnmux.sp_to_heads.default, ([q, k], words, ranges, *rest))
-    first, last = of.q[sp.rank]
-    x = torch.randn(2, plan.length + 2, last - first, 4, dtype=torch.float64, requires_grad=True)
-    ranges = [bound for first_last in of.q for bound in first_last]
-    torch.library.opcheck(torch.ops.attnmux.sp_to_shards.default, (x, ranges, *rest))
+    plan, of = SeqPlan((2,) * sp.size, (3,) * sp.size), HeadPlan.of(4, 4, sp.size)
+    exchange = Exchange.of((of,), "qk", plan, sp.rank, describe(sp, {"case": "opcheck"}), text=1)
+    heads, of_shards = (exchange.of_group(ranges, 0) for ranges in (exchange.heads, exchange.shard_heads))
+    every_head, every_shard = (exchange.of_all(ranges) for ranges in (exchange.heads, exchange.shard_heads))
+
+    def make(*shape):
+        return torch.randn(shape, dtype=torch.float64)
+
+    check, names = torch.library.opcheck, torch.ops.attnmux
+    tokens, own = plan.length + 1, 4 // sp.size
+    flat = make(2 * 4 * (2 * 2 * 4 + 2 * own))
+    check(names.sp_send_heads.default, ([make(2, 3, 4, 4)] * 2, [make(2, 1, 4, 4)] * 2, *heads))
+    check(names.sp_send_gradients_of_heads.default, ([make(2, tokens, own, 4)] * 2, 1, *heads))
+    check(names.sp_arrived_gradients_of_heads.default, ([flat], [4, 4], 3, 1, 2, 4, *every_head))
+    x, flat = make(2, tokens, own, 4), make(2 * 4 * 3 * 4)
+    check(names.sp_send_shards.default, (x, *of_shards))
+    check(names.sp_arrived_shards.default, ([flat], [x], *every_shard))
+    check(names.sp_send_gradients_of_shards.default, (make(2, 3, 4, 4), make(2, 1, 4, 4), *of_shards))
+    check(names.sp_taken.default, (flat, [x], "opcheck", exchange.settings[0]))
+    rest = (tokens, 2, own, 4, list(plan.lengths), exchange.settings[0])
+    check(names.sp_arrived_gradient_with_text.default, (flat, *rest))
 
 
 def one_rank(sp, strategy):
@@ -273,7 +291,7 @@ def gradient_of_one(sp, strategy):
         assert torch.equal(layer(q, k, v)[0], want)
 
 
-def video_sparse(sp, gated):
+def video_sparse(sp, gated, overlap):
     from attnmux_vsa.backend import VideoSparseAttentionMetadataBuilder
 
     grid = (7, 5, 3)
@@ -289,7 +307,7 @@ def video_sparse(sp, gated):
     want = LocalAttention(4, DIM, **options)(*leaves[:3], freqs, attn_metadata=metadata, gate_compress=gate)
     (want * weight).sum().backward()
     mine = shards(tensors, plan, sp.rank)
-    layer = DistributedAttention_VSA(4, DIM, sp_group=sp, **options)
+    layer = DistributedAttention_VSA(4, DIM, sp_group=sp, overlap=overlap, **options)
     my_gate = mine[3] if gated else None
     with count_traffic() as traffic:
         got, text = layer(*mine[:3], None, gate_compress=my_gate, freqs_cis=freqs, attn_metadata=metadata, plan=plan)
@@ -302,7 +320,7 @@ def video_sparse(sp, gated):
     return traffic.collectives, traffic.elements_sent
 
 
-def listed_blocks(sp, shared, text):
+def listed_blocks(sp, shared, text, overlap):
     """BLOCK_SPARSE_ATTN: every rank is given all heads' lists, over the sequence and the text behind it."""
     from attnmux_blocksparse import BlockIndex
     from attnmux_blocksparse.backend import BlockSparseAttentionMetadata
@@ -319,7 +337,7 @@ def listed_blocks(sp, shared, text):
     want = LocalAttention(heads, dim, **options)(*joined, attn_metadata=metadata)
     (want[:, :length] * weight).sum().backward()
     mine = shards(video, plan, sp.rank)
-    layer = DistributedAttention(heads, dim, sp_group=sp, **options)
+    layer = DistributedAttention(heads, dim, sp_group=sp, overlap=overlap, **options)
     got, got_text = layer(*mine, None, *words, plan=plan, attn_metadata=metadata)
     (got * weight[:, first:last]).sum().backward()
     near(got, want[:, first:last], "output")
@@ -337,13 +355,15 @@ def listed_blocks(sp, shared, text):
     raise AssertionError("lists for two heads of six are taken")
 
 
-def sparse_linear(sp):
+def sparse_linear(sp, overlap):
     """SLA: outputs and gradients match; those of its projection add up over the ranks."""
     video, _, (weight, _), _ = case(sp.size, 200, 1, 4, 4, 0, dim=16)
     options = {"backend": "SLA_ATTN", "dtype": torch.float64, "topk_ratio": 0.5, "BLKQ": 64, "BLKK": 64}
     plan = SeqPlan.balanced(200, sp.size)
     first, last = plan.range_of(sp.rank)
-    local, layer = LocalAttention(4, 16, **options), DistributedAttention(4, 16, sp_group=sp, **options)
+    local = LocalAttention(4, 16, **options)
+    layer = DistributedAttention(4, 16, sp_group=sp, overlap=overlap, **options)
+    assert [name for name, _ in layer.named_parameters()] == [name for name, _ in local.named_parameters()]
     for each in (local, layer):
         torch.nn.init.normal_(each.attn_impl.proj_l.weight, generator=torch.Generator().manual_seed(1))
     leaves, mine = [x.clone().requires_grad_() for x in video], shards(video, plan, sp.rank)
@@ -361,7 +381,7 @@ def sparse_linear(sp):
     assert_close_to_oracle(total, wanted.double(), wanted, kind="gradient", what="gradient of proj_l")
 
 
-def quantised(sp, backend):
+def quantised(sp, backend, overlap):
     """Sage: every head has its own scales, so that the output has the same bits on any number of ranks."""
     video, _, _, _ = case(sp.size, 200, 1, 4, 4, 0, dim=16)
     video = [x.float() for x in video]
@@ -370,11 +390,12 @@ def quantised(sp, backend):
     options = {"backend": backend, "dtype": torch.float32}
     with torch.no_grad():
         want = LocalAttention(4, 16, **options)(*video)
-        got, _ = DistributedAttention(4, 16, sp_group=sp, **options)(*shards(video, plan, sp.rank), plan=plan)
+        layer = DistributedAttention(4, 16, sp_group=sp, overlap=overlap, **options)
+        got, _ = layer(*shards(video, plan, sp.rank), plan=plan)
     assert torch.equal(got, want[:, first:last])
 
 
-def mixture_of_blocks(sp, scope):
+def mixture_of_blocks(sp, scope, overlap):
     """VMoBA: the output has the same bits where every head chooses for itself; else it is refused."""
     from attnmux_vmoba.backend import VMOBAAttentionMetadataBuilder
 
@@ -386,7 +407,7 @@ def mixture_of_blocks(sp, scope):
     )  # fmt: skip
     plan = SeqPlan.balanced(4 * 4 * 6, sp.size)
     first, last = plan.range_of(sp.rank)
-    layer = DistributedAttention(4, DIM, sp_group=sp, **options)
+    layer = DistributedAttention(4, DIM, sp_group=sp, overlap=overlap, **options)
     try:
         got, _ = layer(*shards(video, plan, sp.rank), plan=plan, attn_metadata=metadata)
     except UnsupportedRequestError as error:
@@ -473,6 +494,7 @@ def disagree(sp, field):
             backend="FAKE_ATTN" if field == "backend" and odd else "TORCH_SDPA",
             softmax_scale=0.3 if field == "softmax_scale" and odd else 0.5,
             strategy="ring" if field == "strategy" and odd else "ulysses",
+            overlap=2 if field == "overlap" and odd else 1,
         )
     x = _ones(5 if field == "rows" and odd else 4, torch.float32 if field == "dtype" and odd else torch.float64)
     text = [_ones(2 if field == "text" and odd else 1, x.dtype)] * 3
@@ -520,10 +542,10 @@ def missing_in_backward(sp):
     return None if sp.rank else _failure(lambda: output.sum().backward())
 
 
-def dies(sp, strategy, backward):
+def dies(sp, strategy, backward, overlap):
     """The last rank dies where the others are in a collective already."""
     own = _own_group(sp, 3.0)
-    options = {"backend": "TORCH_SDPA", "dtype": torch.float64, "strategy": strategy}
+    options = {"backend": "TORCH_SDPA", "dtype": torch.float64, "strategy": strategy, "overlap": overlap}
     layer = DistributedAttention(4, DIM, sp_group=own, **options)
     inputs = [_ones(4).requires_grad_() for _ in range(3)]
     # the ranks have agreed on this call, so that nothing but the collective notices

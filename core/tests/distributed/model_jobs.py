@@ -12,12 +12,18 @@ def of_strategy(sp, strategy):
     return divided(sp) if strategy == "usp" else sp
 
 
-def compiled(sp, strategy, trains):
+def compiled(sp, strategy, trains, overlap):
     """No graph breaks, and after the first few lengths nothing is compiled again, text and shards of any length included."""
     from torch._dynamo import lookup_backend
 
     sp = of_strategy(sp, strategy)
-    options = {"sp_group": sp, "strategy": strategy, "backend": "TORCH_SDPA", "dtype": torch.float64}
+    options = {
+        "sp_group": sp,
+        "strategy": strategy,
+        "backend": "TORCH_SDPA",
+        "dtype": torch.float64,
+        "overlap": overlap,
+    }
     torch.compiler.reset()
     graphs = []
 
@@ -44,12 +50,45 @@ def compiled(sp, strategy, trains):
     for length, text in ((22, 3), (29, 7), (39, 6))[: 3 if trains else 2]:
         check(layer, function, length, text)
         counts.append(len(graphs))
-    if strategy != "ulysses":
+    if strategy != "ulysses" or overlap > 1:
         return counts
     # the compiler now takes the scale for a variable
     other = DistributedAttention(5, DIM, softmax_scale=0.37, **options)
     check(other, torch.compile(other, fullgraph=True, backend=count), 22, 3)
     return counts
+
+
+def compiled_order(sp, strategy, heads, overlap):
+    """What is sent, waited for and computed in a compiled layer, in order, forward and backward."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    short = {
+        "sp_send_heads": "send", "sp_send_shards": "send back", "sp_arrived_shards": "wait back", "wait_tensor": "wait",
+        "sp_send_gradients_of_shards": "send", "sp_send_gradients_of_heads": "send back",
+        "sp_arrived_gradients_of_heads": "wait back", "sp_shift": "send", "sp_taken": "wait",
+    }  # fmt: skip
+    logs = []
+
+    def record(graph, inputs):
+        names = [getattr(node.target, "_opname", "") for node in graph.graph.nodes]
+        logs.append([short.get(name, "attend") for name in names if name in short or "attention" in name])
+        nodes = {
+            name: [node for node in graph.graph.nodes if getattr(node.target, "_opname", "") == name] for name in short
+        }
+        for end in nodes["sp_arrived_shards"]:
+            # their memory must not be taken for anything else until they have been sent
+            assert list(end.args[1]) == [node.args[0] for node in nodes["sp_send_shards"]]
+        return graph
+
+    torch.compiler.reset()
+    options = {"backend": "TORCH_SDPA", "dtype": torch.float32, "strategy": strategy, "overlap": overlap}
+    layer = DistributedAttention(heads, DIM, sp_group=sp, **options)
+    # inputs that backward knows too, as it does those of a projection: from them it could send again
+    function = torch.compile(
+        lambda *x: layer(*(y * y for y in x)), fullgraph=True, backend=aot_autograd(fw_compiler=record)
+    )
+    function(*[torch.randn(1, 6, heads, DIM, requires_grad=True) for _ in range(3)])[0].sum().backward()
+    return logs
 
 
 def autocast(sp, strategy):
@@ -75,13 +114,14 @@ def autocast(sp, strategy):
         return str(layer(*[x[:, first:last].float() for x in halves])[0].dtype)
 
 
-def checkpointed(sp, strategy):
+def checkpointed(sp, strategy, overlap):
     from torch.utils.checkpoint import checkpoint
 
     sp = of_strategy(sp, strategy)
     video, _, _, _ = case(sp.size, 8, 1, 4, 4, 0)
     plan = SeqPlan.balanced(8, sp.size)
-    layer = DistributedAttention(4, DIM, sp_group=sp, strategy=strategy, backend="TORCH_SDPA", dtype=torch.float64)
+    options = {"backend": "TORCH_SDPA", "dtype": torch.float64, "overlap": overlap}
+    layer = DistributedAttention(4, DIM, sp_group=sp, strategy=strategy, **options)
 
     def run(function):
         mine = shards(video, plan, sp.rank)
@@ -107,7 +147,7 @@ class Block(torch.nn.Module):
         return x + self.out(output.flatten(2))
 
 
-def fully_sharded(sp, strategy, backend):
+def fully_sharded(sp, strategy, backend, overlap):
     """FSDP2 on the mesh of the sequence: its mean over ranks is the gradient of the mean of the losses."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -135,9 +175,8 @@ def fully_sharded(sp, strategy, backend):
         ((block(x.to(dtype)) * weight.to(dtype)).sum() / dist.get_world_size()).backward()
         return {name: parameter.grad for name, parameter in block.named_parameters()}
 
-    block = filled(
-        Block(DistributedAttention(heads, dim, sp_group=mesh["sp"], strategy=strategy, **options), heads, dim)
-    )
+    layer = DistributedAttention(heads, dim, sp_group=mesh["sp"], strategy=strategy, overlap=overlap, **options)
+    block = filled(Block(layer, heads, dim))
     fully_shard(block, mesh=mesh._flatten("all") if mesh["dp"].size() > 1 else mesh["sp"])
     plan = SeqPlan.balanced(length, size)
     first, last = plan.range_of(mesh["sp"].get_local_rank())
@@ -150,11 +189,11 @@ def fully_sharded(sp, strategy, backend):
         assert_close_to_oracle(gradient, oracle[name].double(), baseline[name], kind="gradient", what=name)
 
 
-def copied_elements(sp):
+def copied_elements(sp, overlap):
     """What the exchanges copy besides sending: elements read and written over those of a local q, and concatenations."""
     from torch.profiler import ProfilerActivity, profile
 
-    layer = DistributedAttention(4, DIM, sp_group=sp, backend="TORCH_SDPA", dtype=torch.float32)
+    layer = DistributedAttention(4, DIM, sp_group=sp, backend="TORCH_SDPA", dtype=torch.float32, overlap=overlap)
     mine = [torch.randn(1, 16, 4, DIM, requires_grad=True) for _ in range(3)]
     weight = torch.randn(1, 16, 4, DIM)
     layer(*mine)[0].backward(weight)
@@ -164,7 +203,8 @@ def copied_elements(sp):
             result = run()
         copies = [event.input_shapes[0] for event in found.events() if event.name == "aten::copy_"]
         joined = sum(event.name == "aten::cat" for event in found.events())
-        return 2 * sum(torch.Size(shape).numel() for shape in copies) / mine[0].numel(), joined, result
+        # they are in words of four elements
+        return 2 * 4 * sum(torch.Size(shape).numel() for shape in copies) / mine[0].numel(), joined, result
 
     forward, joined, output = count(lambda: layer(*mine)[0])
     for x in mine:

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 RANK_TIMEOUT = 8.0
 """Seconds that a rank waits for another in a collective or a check."""
 JOB_TIMEOUT = 40.0
-"""Seconds after which a job counts as hung, start of the ranks included."""
+"""Seconds after which a job counts as hung, start of the ranks included; twice as many on GPUs, for which more is compiled."""
 
 
 def _worker(rank, size, store, jobs, results, module):
@@ -39,7 +39,7 @@ def _worker(rank, size, store, jobs, results, module):
     while (job := jobs.get()) is not None:
         function, arguments = job
         # a rank that hangs says where, before the pool gives up on it
-        faulthandler.dump_traceback_later(JOB_TIMEOUT - 2)
+        faulthandler.dump_traceback_later(JOB_TIMEOUT * (2 if module == "gpu_jobs" else 1) - 2)
         try:
             home, _, name = function.rpartition(".")
             results.put((rank, getattr(importlib.import_module(home or module), name)(sp, *arguments), None))
@@ -58,6 +58,7 @@ class Pool:
     def __init__(self, size, directory, module="jobs"):
         context = mp.get_context("spawn")
         self.size, self.is_open, self.results = size, True, context.Queue()
+        self.limit = JOB_TIMEOUT * (2 if module == "gpu_jobs" else 1)
         self.jobs = [context.Queue() for _ in range(size)]
         self.processes = [
             context.Process(
@@ -78,7 +79,7 @@ class Pool:
         expected = [rank for rank in range(self.size) if rank != dies]
         for jobs in self.jobs:
             jobs.put((function, arguments))
-        found, deadline = {}, time.monotonic() + JOB_TIMEOUT
+        found, deadline = {}, time.monotonic() + self.limit
         while len(found) < len(expected):
             try:
                 rank, result, error = self.results.get(timeout=max(deadline - time.monotonic(), 0.0))
@@ -87,7 +88,7 @@ class Pool:
                 self.close(kill=True)
                 errors = "".join(f"\nrank {rank}:\n{error}" for rank, (_, error) in sorted(found.items()) if error)
                 raise AssertionError(
-                    f"{function}{arguments}: no answer from ranks {silent} of {self.size} within {JOB_TIMEOUT:g} s{errors}"
+                    f"{function}{arguments}: no answer from ranks {silent} of {self.size} within {self.limit:g} s{errors}"
                 ) from None
             found[rank] = result, error
         errors = "".join(f"\nrank {rank}:\n{error}" for rank, (_, error) in sorted(found.items()) if error)

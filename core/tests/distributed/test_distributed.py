@@ -51,6 +51,41 @@ def test_sends_four_local_tensors_less_its_own_part(pools, size):
         assert found[:2] == (2, 4 * local * (size - 1) // size)
 
 
+@pytest.mark.parametrize(("size", "overlap"), [(2, 2), (2, 3), (4, 2)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (9, 2, 8, 8, 0, True, False),
+        (7, 2, 12, 6, 1, True, True),
+        (9, 1, 5, 5, 7, False, False),
+        (2, 1, 7, 7, 1, True, True),
+    ],
+    ids=str,
+)
+def test_groups_of_heads_give_the_same_bits_and_send_as_much(pools, size, overlap, shape):
+    for plain, found in pools(size).run("overlap_jobs.overlapped", shape, overlap):
+        collectives, sent, collectives_backward, sent_backward = plain
+        assert found == (overlap * collectives, sent, overlap * collectives_backward, sent_backward)
+
+
+def test_groups_of_heads_match_the_whole_sequence(pools):
+    pools(2).run("compare", 9, 2, 6, 3, 2, True, True, False, "ulysses", 2)
+
+
+def passes(there, back, groups):
+    # all leave before the first is waited for, and each goes back before the next is; a single one is there at once
+    waits = [f"wait {there}"] if len(groups) > 1 else []
+    between = [step for group in groups for step in (*waits, f"send {back} {group}")]
+    return [f"send {there} {group}" for group in groups] + between + [f"wait {back}"] * len(groups)
+
+
+@pytest.mark.parametrize("overlap", [1, 2])
+def test_the_next_group_of_heads_is_under_way_while_one_is_attended_to_backward_too(pools, overlap):
+    forward = passes("to_heads", "to_shards", range(overlap))
+    backward = passes("to_shards backward", "to_heads backward", range(overlap)[::-1])
+    assert pools(2).run("overlap_jobs.order", overlap) == [(forward, backward)] * 2
+
+
 def test_causal_matches(pools):
     pools(2).run("compare", 9, 1, 4, 2, 0, True, True, True)
 
@@ -67,7 +102,8 @@ def test_every_exchange_brings_the_right_heads_and_its_inverse_the_tokens(pools,
     rows = [length + data.draw(st.integers(0, 2)) for length in lengths]
     kv_heads, group = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
     batch, text = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 3))
-    pools(size).run("there_and_back", tuple(lengths), tuple(rows), batch, kv_heads * group, kv_heads, text)
+    groups = data.draw(st.integers(1, -(-kv_heads // size)))
+    pools(size).run("there_and_back", tuple(lengths), tuple(rows), batch, kv_heads * group, kv_heads, text, groups)
 
 
 def test_operators_pass_torchs_own_checks(pools):
@@ -88,11 +124,15 @@ def test_one_gradient_alone_is_the_same_and_inference_mode_runs(pools, strategy)
     pools(2).run("gradient_of_one", strategy)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+SIZES = [(1, 1), (2, 1), (4, 1), (2, 2)]
+"""Ranks and groups of heads; rank 0 of two has two heads of four."""
+
+
+@pytest.mark.parametrize(("size", "overlap"), SIZES)
 @pytest.mark.parametrize("gated", [True, False])
-def test_video_sparse_attention_gives_the_same_bits_on_any_number_of_ranks(pools, size, gated):
+def test_video_sparse_attention_gives_the_same_bits_on_any_number_of_ranks(pools, size, overlap, gated):
     pytest.importorskip("attnmux_vsa")
-    counts = pools(size).run("video_sparse", gated)
+    counts = pools(size).run("video_sparse", gated, overlap)
     if size == 1:
         assert counts == [(0, 0)]
         return
@@ -100,35 +140,36 @@ def test_video_sparse_attention_gives_the_same_bits_on_any_number_of_ranks(pools
     own = heads // size
     for length, found in zip(SeqPlan.balanced(rows, size).lengths, counts, strict=True):
         tensors = 4 if gated else 3
-        assert found == (2, length * DIM * (heads - own) * tensors + (rows - length) * DIM * own)
+        sent = length * DIM * (heads - own) * tensors + (rows - length) * DIM * own
+        assert found == (2 * overlap, sent)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_sparse_linear_attention_and_its_projection_match(pools, size):
+@pytest.mark.parametrize(("size", "overlap"), SIZES)
+def test_sparse_linear_attention_and_its_projection_match(pools, size, overlap):
     pytest.importorskip("attnmux_sla")
-    pools(size).run("sparse_linear")
+    pools(size).run("sparse_linear", overlap)
 
 
 @pytest.mark.parametrize("backend", ["SAGE_ATTN", "SAGE_SLA_ATTN"])
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_quantised_attention_gives_the_same_bits_on_any_number_of_ranks(pools, size, backend):
+@pytest.mark.parametrize(("size", "overlap"), SIZES)
+def test_quantised_attention_gives_the_same_bits_on_any_number_of_ranks(pools, size, overlap, backend):
     pytest.importorskip("attnmux_sage")
-    pools(size).run("quantised", backend)
+    pools(size).run("quantised", backend, overlap)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_mixture_of_blocks_matches_where_heads_choose_alone_and_is_refused_where_not(pools, size):
+@pytest.mark.parametrize(("size", "overlap"), SIZES)
+def test_mixture_of_blocks_matches_where_heads_choose_alone_and_is_refused_where_not(pools, size, overlap):
     pytest.importorskip("attnmux_vmoba")
-    assert pools(size).run("mixture_of_blocks", "query_head") == [None] * size
-    for message in pools(size).run("mixture_of_blocks", "overall"):
-        assert message is None if size == 1 else f"query has {4 // size} of the layer's 4 heads" in message
+    assert pools(size).run("mixture_of_blocks", "query_head", overlap) == [None] * size
+    for message in pools(size).run("mixture_of_blocks", "overall", overlap):
+        assert message is None if size == 1 else f"query has {4 // size // overlap} of the layer's 4 heads" in message
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(("size", "overlap"), SIZES)
 @pytest.mark.parametrize(("shared", "text"), [(False, 0), (True, 5), (False, 20)])
-def test_block_sparse_attention_takes_the_lists_of_all_heads(pools, size, shared, text):
+def test_block_sparse_attention_takes_the_lists_of_all_heads(pools, size, overlap, shared, text):
     pytest.importorskip("attnmux_blocksparse")
-    for message in pools(size).run("listed_blocks", shared, text):
+    for message in pools(size).run("listed_blocks", shared, text, overlap):
         assert "for 2 heads; this rank has heads" in message if size > 1 else "2 heads; needed: 1 or 2, and 1 or 6"
 
 

@@ -14,6 +14,7 @@ FIELDS = {
     "softmax_scale": "softmax_scale",
     "text": "text",
     "backend": "backend",
+    "overlap": "overlap",
     "version": "attnmux",
     # the ranks are about to run different collectives
     "strategy": "operation",
@@ -57,18 +58,21 @@ def test_a_rank_that_misses_the_backward_pass_is_named_in_time(pools):
 
 
 @pytest.mark.parametrize(
-    ("size", "strategy", "backward", "operation"),
+    ("size", "strategy", "backward", "overlap", "operation"),
     [
-        (4, "ulysses", True, "to_shards backward"),
-        (2, "ring", False, "ring"),
-        (2, "allgather_kv", True, "gather backward"),
+        (4, "ulysses", True, 1, "to_shards backward"),
+        (2, "ulysses", False, 2, "to_heads"),
+        (2, "ulysses", True, 2, "to_shards backward"),
+        (2, "ring", False, 1, "ring"),
+        (2, "allgather_kv", True, 1, "gather backward"),
     ],
 )
-def test_a_rank_that_dies_in_a_collective_ends_the_others_in_time(pools, size, strategy, backward, operation):
-    found = pools(size).run("dies", strategy, backward, dies=size - 1)
+def test_a_rank_that_dies_in_a_collective_ends_the_others_in_time(pools, size, strategy, backward, overlap, operation):
+    found = pools(size).run("dies", strategy, backward, overlap, dies=size - 1)
     assert len(found) == size - 1
+    what = "receiving" if overlap > 1 else "sending"
     for rank, (message, seconds) in enumerate(found):
-        assert re.match(rf"group '\w+': {operation} failed on rank {rank} of {size}, sending ", message)
+        assert re.match(rf"group '\w+': {operation} failed on rank {rank} of {size}, {what} ", message)
         assert seconds < 3.0 + GRACE
 
 
@@ -121,4 +125,5 @@ def test_what_was_initialised_is_destroyed_at_exit_unless_an_error_ends_the_prog
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, "-c", AT_EXIT + ending]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
-    assert done.stdout.strip() == found, done.stderr
+    # torch 2.10 talks about its connections before
+    assert done.stdout.split()[-1:] == [found], done.stderr

@@ -2,14 +2,17 @@
 
 import pytest
 
+# strategy, causal, text, groups of heads
 CASES = [
-    ("ulysses", False, 5),
-    ("ring", False, 5),
-    ("allgather_kv", False, 5),
-    ("ulysses", True, 0),
-    ("ring", True, 0),
-    ("allgather_kv", True, 0),
+    ("ulysses", False, 5, 1),
+    ("ulysses", False, 5, 2),
+    ("ring", False, 5, 1),
+    ("allgather_kv", False, 5, 1),
+    ("ulysses", True, 0, 2),
+    ("ring", True, 0, 1),
+    ("allgather_kv", True, 0, 1),
 ]
+OVERLAPS = [("ulysses", 1), ("ulysses", 2), ("ring", 1), ("allgather_kv", 1)]
 
 
 def available(backend):
@@ -25,17 +28,21 @@ def available(backend):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["TORCH_SDPA", "FLASH_ATTN"])
-@pytest.mark.parametrize(("strategy", "causal", "text"), CASES, ids=str)
-def test_two_ranks_match_float64_in_bfloat16(gpu_pools, strategy, causal, text, backend):
+@pytest.mark.parametrize(("strategy", "causal", "text", "overlap"), CASES, ids=str)
+def test_two_ranks_match_float64_in_bfloat16(gpu_pools, strategy, causal, text, overlap, backend):
     available(backend)
-    gpu_pools(2).run("strategy", strategy, backend, causal, text)
+    gpu_pools(2).run("strategy", strategy, backend, causal, text, overlap)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["VIDEO_SPARSE_ATTN", "SLA_ATTN", "BLOCK_SPARSE_ATTN"])
-def test_sparse_backends_give_the_bits_of_one_process(gpu_pools, backend):
+@pytest.mark.parametrize("overlap", [1, 2])
+@pytest.mark.parametrize(
+    "backend",
+    ["VIDEO_SPARSE_ATTN", "SLA_ATTN", "BLOCK_SPARSE_ATTN", "VMOBA_ATTN", "SAGE_ATTN", "SAGE_SLA_ATTN"],
+)
+def test_sparse_backends_give_the_bits_of_one_process(gpu_pools, backend, overlap):
     available(backend)
-    gpu_pools(2).run("sparse", backend)
+    gpu_pools(2).run("sparse", backend, overlap)
 
 
 @pytest.mark.gpu
@@ -43,19 +50,19 @@ def test_the_exchanges_run_over_nccl_with_one_rank_and_in_a_cuda_graph(gpu_pools
     gpu_pools(1).run("one_rank")
 
 
-@pytest.mark.multigpu(2)
-@pytest.mark.parametrize("strategy", ["ulysses", "ring", "allgather_kv"])
-def test_a_layer_over_two_gpus_runs_in_a_cuda_graph(gpu_pools, strategy):
-    gpu_pools(2).run("captured", strategy)
+@pytest.mark.gpu
+@pytest.mark.parametrize(("strategy", "overlap"), OVERLAPS)
+def test_a_compiled_layer_over_two_ranks_matches(gpu_pools, strategy, overlap):
+    gpu_pools(2).run("compiled", strategy, overlap)
 
 
 @pytest.mark.multigpu(2)
-@pytest.mark.parametrize("strategy", ["ulysses", "ring", "allgather_kv"])
-def test_a_compiled_layer_over_two_gpus_matches(gpu_pools, strategy):
-    gpu_pools(2).run("compiled", strategy)
+@pytest.mark.parametrize(("strategy", "overlap"), OVERLAPS)
+def test_a_layer_over_two_gpus_runs_in_a_cuda_graph(gpu_pools, strategy, overlap):
+    gpu_pools(2).run("captured", strategy, overlap)
 
 
 @pytest.mark.multigpu(4)
 @pytest.mark.parametrize("strategy", ["ulysses", "ring", "allgather_kv"])
 def test_four_gpus_match_float64_in_bfloat16(gpu_pools, strategy):
-    gpu_pools(4).run("strategy", strategy, "TORCH_SDPA", False, 5)
+    gpu_pools(4).run("strategy", strategy, "TORCH_SDPA", False, 5, 1)

@@ -1,4 +1,4 @@
-"""Merging parts in one process: order, empty parts, precision."""
+"""Merging parts in one process: order, empty parts, precision; and copying them."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnmux.distributed.merge import merge_part
+from attnmux.distributed.words import copy_words
 from attnmux.testing import assert_close_to_oracle, dense_attention_baseline, dense_attention_oracle
 
 MINUS_INFINITY = float("-inf")
@@ -48,8 +49,42 @@ def test_half_precision_parts_are_merged_in_float32(count):
     assert_close_to_oracle(merged[0].bfloat16(), oracle, dense_attention_baseline(q, k, v))
 
 
+def test_the_last_part_rounds_once():
+    generator = torch.Generator().manual_seed(0)
+    parts = [
+        (torch.randn(1, 9, 2, 8, generator=generator).bfloat16(), torch.randn(1, 2, 9, generator=generator))
+        for _ in range(3)
+    ]
+    begun = merge_part(merge_part(None, *parts[0]), *parts[1])
+    want, lse = merge_part(begun, *parts[2])
+    found, found_lse = merge_part(begun, *parts[2], dtype=torch.bfloat16)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, want.bfloat16())
+    assert torch.equal(found_lse, lse)
+
+
 def test_merging_changes_neither_part():
     output, lse = torch.ones(1, 2, 1, 4), torch.zeros(1, 1, 2)
     merged = merge_part(merge_part(None, output, lse), output, lse)
     assert (output == 1).all() and (lse == 0).all()
     assert merged[0].data_ptr() != output.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dim", [1, 6, 8])
+def test_copies_in_words_are_copies_whatever_the_strides(dtype, dim):
+    memory = torch.randn(3, 5, 7, 2 * dim + 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sources = [
+        memory[..., :dim],
+        memory[..., 3 : 3 + dim],
+        memory[:, ::2, 1:, dim : 2 * dim],
+        memory[..., :dim].contiguous(),
+    ]
+    sources += [x.transpose(0, 1) for x in sources]
+    for source in sources:
+        for into in (
+            torch.empty_like(source),
+            torch.empty(*source.shape[:-1], 3 * dim, dtype=dtype)[..., dim : 2 * dim],
+        ):
+            copy_words(into, source)
+            assert torch.equal(into, source)

@@ -1,5 +1,7 @@
 """What the distributed layers and groups refuse, before any rank is asked."""
 
+import copy
+
 import pytest
 import torch
 
@@ -201,6 +203,45 @@ def test_the_impl_is_built_for_the_heads_of_its_rank_and_knows_which():
     last = DistributedAttention(5, 8, sp_group=SPGroup("", 1, 2), backend="TORCH_SDPA")
     assert last.attn_impl.num_heads == 2
     assert (last.attn_impl.head_range, last.attn_impl.total_num_heads) == ((3, 5), 5)
+
+
+def test_the_impl_of_a_group_of_heads_shares_the_parameters_and_knows_its_heads():
+    pytest.importorskip("attnmux_sla")
+    sla = DistributedAttention(7, 16, sp_group=SPGroup("", 0, 2), backend="SLA_ATTN", overlap=3)
+    impls = sla._group_impls
+    assert [impl.head_range for impl in impls] == [(0, 2), (2, 3), (3, 4)]
+    assert [(impl.num_heads, impl.num_kv_heads, impl.total_num_heads) for impl in impls] == [
+        (2, 2, 7),
+        (1, 1, 7),
+        (1, 1, 7),
+    ]
+    assert sla.attn_impl.head_range == (0, 4)
+    sla.load_state_dict({name: torch.full_like(x, 0.3) for name, x in sla.state_dict().items()}, assign=True)
+    for each in (sla, copy.deepcopy(sla.double())):
+        assert len(each.state_dict()) == len(list(each.attn_impl.parameters())) > 0
+        for impl in each._group_impls:
+            assert all(x is y for x, y in zip(impl.parameters(), each.attn_impl.parameters(), strict=True))
+    assert not any(impl.training for impl in sla.eval()._group_impls)
+
+
+def test_an_overlap_that_cannot_be_is_refused():
+    for overlap in (0, -1, 1.5, True):
+        refused(f"overlap must be an integer >= 1, got {overlap}", layer, overlap=overlap)
+    refused(
+        "overlap=2 divides the exchange of heads of the strategy 'ulysses', not 'ring'",
+        layer,
+        strategy="ring",
+        overlap=2,
+    )
+    refused("overlap=3 groups of key heads and their queries, and no rank has more key heads than 2", layer, overlap=3)
+    assert layer(SPGroup.local(), overlap=3).overlap == 3
+
+
+def test_settings_are_one_line():
+    # inductor of torch 2.11 copies them into comments of its code, a second line of which is code
+    for settings in layer()._settings:
+        assert "backend=TORCH_SDPA" in settings
+        assert "\n" not in settings
 
 
 def test_without_a_group_the_layer_is_local():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import importlib_metadata
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import _register_work
 from torch.distributed import distributed_c10d as c10d
 
 from attnmux.distributed.agreement import agree
@@ -19,7 +20,19 @@ if TYPE_CHECKING:
 
     from attnmux.distributed.group import SPGroup
 
-__all__ = ["Pending", "Traffic", "all_gather", "all_to_all", "count_traffic", "describe", "start_all_to_all"]
+__all__ = [
+    "Pending",
+    "Traffic",
+    "add_fields",
+    "all_gather",
+    "all_to_all",
+    "arrived",
+    "begin_all_to_all",
+    "count_traffic",
+    "describe",
+    "start_all_to_all",
+    "taken",
+]
 
 
 @dataclass
@@ -38,6 +51,9 @@ class Traffic:
 
 
 _VERSION = importlib_metadata.version("attnmux")
+
+# on one line: inductor copies what operators are given into comments of the code it makes
+_SEPARATOR = "; "
 
 _counters: list[Traffic] = []
 
@@ -58,8 +74,12 @@ def describe(group: SPGroup, fields: dict[str, object]) -> str:
     """Return the settings of an exchange as one string, which a compiled graph holds as a constant: the group, its timeout,
     whether to check every call, and what the ranks have to agree on but for sizes, which may change from call to call.
     """
-    lines = [f"{name}={value}" for name, value in fields.items()]
-    return "\n".join([group.name, str(group.timeout), str(group.checks_every_call), *lines])
+    return add_fields(_SEPARATOR.join([group.name, str(group.timeout), str(group.checks_every_call)]), fields)
+
+
+def add_fields(settings: str, fields: dict[str, object]) -> str:
+    """Return settings with more that the ranks have to agree on."""
+    return _SEPARATOR.join([settings, *(f"{name}={value}" for name, value in fields.items())])
 
 
 @dataclass(frozen=True)
@@ -90,7 +110,7 @@ class Pending:
 
 
 def _agreed_group(sent: torch.Tensor, operation: str, settings: str, sizes: dict[str, object]) -> dist.ProcessGroup:
-    name, timeout, every_call, *fields = settings.split("\n")
+    name, timeout, every_call, *fields = settings.split(_SEPARATOR)
     group: dist.ProcessGroup = c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
     description = (
         f"operation={operation}",
@@ -150,6 +170,59 @@ def start_all_to_all(
     except RuntimeError as error:
         raise SequenceParallelError(f"{failed}: {error}") from error
     return Pending(received, work, failed)
+
+
+def begin_all_to_all(
+    received: torch.Tensor,
+    sent: torch.Tensor,
+    elements_in: list[int],
+    elements_out: list[int],
+    operation: str,
+    settings: str,
+    sizes: dict[str, object],
+    *,
+    waits: bool,
+) -> None:
+    """Exchange flat buffers; without `waits` it is over when `arrived` returns. For the rest see `start_all_to_all`."""
+    pending = start_all_to_all(received, sent, elements_in, elements_out, operation, settings, sizes, waits=waits)
+    if not waits:
+        # by the tensor's memory: so a tensor can be under way from one operator to another, in a compiled graph too
+        _register_work(received, pending.work)
+
+
+def arrived(under_way: torch.Tensor, operation: str, settings: str) -> torch.Tensor:
+    """Return a tensor, in which something may be under way, once it is there; on a GPU the current stream waits, not the host.
+
+    Raises:
+        SequenceParallelError: Another rank died, or did not come within the timeout of the group. In code compiled around it
+            the error is torch's.
+    """
+    found: torch.Tensor
+    if torch.compiler.is_compiling():
+        found = torch.ops._c10d_functional.wait_tensor(under_way)
+        return found
+    try:
+        found = torch.ops._c10d_functional.wait_tensor(under_way)
+    except RuntimeError as error:
+        group: dist.ProcessGroup = c10d._resolve_process_group(settings.split(_SEPARATOR)[0])  # type: ignore[attr-defined, arg-type]
+        what = f"receiving {under_way.numel()}"
+        raise SequenceParallelError(f"{_failure(group, operation, what, under_way.dtype)}: {error}") from error
+    return found
+
+
+@torch.library.custom_op("attnmux::sp_taken", mutates_args=())
+def taken(under_way: torch.Tensor, sent: list[torch.Tensor], operation: str, settings: str) -> torch.Tensor:
+    """Return a copy of what was under way, for compiled forward passes that gradients follow; `sent` stays alive until then.
+
+    Torch's operator that waits is one without which it does not think backward complete: where no gradient needs what came,
+    it would be sent once more there.
+    """
+    return arrived(under_way, operation, settings).clone()
+
+
+@taken.register_fake
+def _(under_way: torch.Tensor, sent: list[torch.Tensor], operation: str, settings: str) -> torch.Tensor:
+    return torch.empty_like(under_way)
 
 
 def all_to_all(

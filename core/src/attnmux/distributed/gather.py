@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from attnmux.distributed.collective import all_gather, all_to_all
+from attnmux.distributed.words import copy_words
 
 __all__ = ["gather_keys"]
 
@@ -45,7 +46,8 @@ def _gather(
     batch, length, heads, dim = k.shape
     total, longest, tail = sum(lengths), max(lengths), text[0].shape[1] if text else 0
     sent = k.new_empty(longest, 2, batch, heads, dim)
-    sent[:length, 0], sent[:length, 1] = k.transpose(0, 1), v.transpose(0, 1)
+    copy_words(sent[:length, 0], k.transpose(0, 1))
+    copy_words(sent[:length, 1], v.transpose(0, 1))
     # a short shard is sent with rows that hold anything
     sent[length:] = 0
     result = k.new_empty(total + tail, 2, batch, heads, dim)

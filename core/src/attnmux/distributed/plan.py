@@ -105,6 +105,19 @@ class HeadPlan:
                 kv_ranges.append((head, head + 1) if last > first else (head, head))
         return cls(tuple(q), tuple(kv_ranges))
 
+    def groups(self, count: int) -> tuple[HeadPlan, ...]:
+        """Return each rank's heads in `count` groups of consecutive ones, in which key heads stay together with their queries."""
+        if count == 1:
+            return (self,)
+        q: list[list[Range]] = [[] for _ in range(count)]
+        kv: list[list[Range]] = [[] for _ in range(count)]
+        for (q_first, q_last), (kv_first, kv_last) in zip(self.q, self.kv, strict=True):
+            width = (q_last - q_first) // max(kv_last - kv_first, 1)
+            for number, (first, last) in enumerate(_ranges(split_evenly(kv_last - kv_first, count))):
+                q[number].append((q_first + first * width, q_first + last * width))
+                kv[number].append((kv_first + first, kv_first + last))
+        return tuple(HeadPlan(tuple(of_q), tuple(of_kv)) for of_q, of_kv in zip(q, kv, strict=True))
+
 
 def _ranges(sizes: tuple[int, ...]) -> tuple[Range, ...]:
     ends = tuple(accumulate(sizes))

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnmux.distributed.collective import Pending, all_to_all, start_all_to_all
+from attnmux.distributed.collective import Pending, begin_all_to_all, start_all_to_all, taken
 from attnmux.distributed.merge import merge_part
+from attnmux.distributed.words import copy_words
 
 if TYPE_CHECKING:
     from attnmux.backend import AttentionImpl, AttentionMetadata
@@ -86,6 +87,7 @@ class _RingAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         length, sizes = lengths[ring.rank], _Sizes(lengths, q.shape[0], k.shape[1] - lengths[ring.rank])
         merged = None
+        seen = [step for step in range(1, ring.size) if q.shape[1] and ring.sees(lengths, step)]
         with torch.autocast(q.device.type, enabled=False):
             coming = _shift(_pack(k[:, :length], v[:, :length]), ring, 1, sizes, "ring", settings)
             if q.shape[1] and k.shape[1]:
@@ -94,12 +96,16 @@ class _RingAttention(torch.autograd.Function):
                 held = coming.wait()
                 if step + 1 < ring.size:
                     coming = _shift(held, ring, step + 1, sizes, "ring", settings)
-                if q.shape[1] and ring.sees(lengths, step):
-                    merged = merge_part(merged, *ring.other_impl.attend_part(q, *_unpack(held), metadata))
+                if step in seen:
+                    part = ring.other_impl.attend_part(q, *_unpack(held), metadata)
+                    merged = merge_part(merged, *part, dtype=q.dtype if step == seen[-1] else None)
         if merged is None:
             output, lse = q.new_zeros(q.shape), q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"))
         else:
-            output, lse = merged[0].to(q.dtype), merged[1]
+            output, lse = merged
+        if torch.compiler.is_compiling():
+            # a view, or what was written in place, loses its gradient under torch 2.11's dynamo
+            output = output.clone()
         ctx.save_for_backward(q, k, v, output, lse)
         ctx.options = ring, metadata, lengths, settings
         return output
@@ -112,7 +118,8 @@ class _RingAttention(torch.autograd.Function):
         length, sizes = lengths[ring.rank], _Sizes(lengths, q.shape[0], k.shape[1] - lengths[ring.rank])
         dtype = torch.promote_types(q.dtype, torch.float32)
         with torch.autocast(q.device.type, enabled=False):
-            coming = _shift(_pack(k[:, :length], v[:, :length]), ring, 1, sizes, "ring backward", settings)
+            # after grad, or a compiler would send it in forward, which no backward may follow
+            coming = _shift(_pack(k[:, :length], v[:, :length]), ring, 1, sizes, "ring backward", settings, after=grad)
             if q.shape[1] and k.shape[1]:
                 grad_q, grad_k, grad_v = ring.impl.part_gradients(grad, q, k, v, output, lse, metadata)
             else:
@@ -157,7 +164,11 @@ def _pack(k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype | None = None) ->
     """Return both as one `[L, 2, B, H, D]`."""
     batch, length, heads, dim = k.shape
     packed = k.new_empty(length, 2, batch, heads, dim, dtype=dtype)
-    packed[:, 0], packed[:, 1] = k.transpose(0, 1), v.transpose(0, 1)
+    for place, x in enumerate((k, v)):
+        if torch.compiler.is_compiling() or packed.dtype != x.dtype:
+            packed[:, place] = x.transpose(0, 1)
+        else:
+            copy_words(packed[:, place], x.transpose(0, 1))
     return packed
 
 
@@ -166,20 +177,36 @@ def _unpack(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class _Arrived:
+class _UnderWay:
     received: torch.Tensor
+    sent: torch.Tensor
+    operation: str
+    settings: str
 
     def wait(self) -> torch.Tensor:
-        return self.received
+        found: torch.Tensor = taken(self.received, [self.sent], self.operation, self.settings)
+        return found
 
 
-def _shift(x: torch.Tensor, ring: Ring, step: int, sizes: _Sizes, operation: str, settings: str) -> Pending | _Arrived:
-    """Send x to the next rank and receive what the rank before has: the shard from `step` ranks before."""
+def _shift(
+    x: torch.Tensor,
+    ring: Ring,
+    step: int,
+    sizes: _Sizes,
+    operation: str,
+    settings: str,
+    after: torch.Tensor | None = None,
+) -> Pending | _UnderWay:
+    """Send x to the next rank and receive what the rank before has: the shard from `step` ranks before.
+
+    A compiled graph does it when `after` is known.
+    """
     rows = sizes.lengths[(ring.rank - step) % ring.size]
     lengths = list(sizes.lengths)
     if torch.compiler.is_compiling():
-        # one operator, which is over when it returns: a compiled graph has no place for torch's handle
-        return _Arrived(_shift_op(x, rows, lengths, sizes.text, ring.rank, operation, settings))
+        # a compiled graph has no place for torch's handle, which is registered for what is received
+        received = _shift_op(x, after, rows, lengths, sizes.text, ring.rank, operation, settings)
+        return _UnderWay(received, x, operation, settings)
     received, counts = _shift_buffers(x, rows, ring.rank, ring.size)
     fields: dict[str, object] = {"lengths": lengths, "batch": sizes.batch, "text": sizes.text}
     pending = start_all_to_all(received.view(-1), x.view(-1), *counts, operation, settings, fields)
@@ -197,16 +224,30 @@ def _shift_buffers(
 
 @torch.library.custom_op("attnmux::sp_shift", mutates_args=())
 def _shift_op(
-    x: torch.Tensor, rows: int, lengths: list[int], text: int, rank: int, operation: str, settings: str
+    x: torch.Tensor,
+    after: torch.Tensor | None,
+    rows: int,
+    lengths: list[int],
+    text: int,
+    rank: int,
+    operation: str,
+    settings: str,
 ) -> torch.Tensor:
     received, counts = _shift_buffers(x, rows, rank, len(lengths))
     fields: dict[str, object] = {"lengths": lengths, "batch": x.shape[2], "text": text}
-    all_to_all(received.view(-1), x.contiguous().view(-1), *counts, operation, settings, fields)
+    begin_all_to_all(received.view(-1), x.contiguous().view(-1), *counts, operation, settings, fields, waits=False)
     return received
 
 
 @_shift_op.register_fake
 def _(
-    x: torch.Tensor, rows: int, lengths: list[int], text: int, rank: int, operation: str, settings: str
+    x: torch.Tensor,
+    after: torch.Tensor | None,
+    rows: int,
+    lengths: list[int],
+    text: int,
+    rank: int,
+    operation: str,
+    settings: str,
 ) -> torch.Tensor:
     return x.new_empty(rows, *x.shape[1:])

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnmux.distributed.collective import describe
-from attnmux.distributed.exchange import to_heads, to_shards
+from attnmux.distributed.collective import add_fields, describe
+from attnmux.distributed.exchange import Exchange, arrived_heads, arrived_shards, send_heads, send_shards
 from attnmux.distributed.gather import gather_keys
 from attnmux.distributed.group import SPGroup, as_sp_group
 from attnmux.distributed.plan import HeadPlan, SeqPlan
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+    from typing_extensions import Self
 
-    from attnmux.backend import AttentionMetadata
+    from attnmux.backend import AttentionImpl, AttentionMetadata
     from attnmux.spec import AttentionBackendEnum
 
 __all__ = ["DistributedAttention", "DistributedAttention_VSA"]
@@ -49,6 +50,27 @@ def _checked_strategy(strategy: str | None, sp: SPGroup) -> str:
     return strategy
 
 
+def _check_overlap(overlap: int, strategy: str) -> None:
+    if not isinstance(overlap, int) or isinstance(overlap, bool) or overlap < 1:
+        raise UnsupportedRequestError(f"overlap must be an integer >= 1, got {overlap!r}")
+    if overlap > 1 and strategy != "ulysses":
+        raise UnsupportedRequestError(
+            f"overlap={overlap} divides the exchange of heads of the strategy 'ulysses', not {strategy!r}; leave it out"
+        )
+
+
+def _groups_of(heads: HeadPlan | None, overlap: int) -> tuple[HeadPlan, ...]:
+    """Return the heads of all ranks in as many groups; none where no heads are exchanged."""
+    if heads is None:
+        return ()
+    most = max(last - first for first, last in heads.kv)
+    if overlap > most:
+        raise UnsupportedRequestError(
+            f"overlap={overlap} groups of key heads and their queries, and no rank has more key heads than {most}"
+        )
+    return heads.groups(overlap)
+
+
 class _SequenceParallel(AttentionLayer):
     """What both layers share: the exchange around the impl. Arguments are those of `DistributedAttention`."""
 
@@ -67,10 +89,12 @@ class _SequenceParallel(AttentionLayer):
         dtype: torch.dtype | None = None,
         sp_group: SPGroup | ProcessGroup | DeviceMesh | None = None,
         strategy: str | None = None,
+        overlap: int = 1,
         **extra_impl_args: Any,
     ) -> None:
         sp = as_sp_group(sp_group)
         strategy = _checked_strategy(strategy, sp)
+        _check_overlap(overlap, strategy)
         # which ranks exchange tokens for heads, and which have other keys than these
         inner = {"ulysses": sp, "usp": sp.ulysses}.get(strategy) or SPGroup.local()
         outer = {"usp": sp.ring, "ring": sp, "allgather_kv": sp}.get(strategy) or SPGroup.local()
@@ -101,10 +125,16 @@ class _SequenceParallel(AttentionLayer):
         )
         self.sp = sp
         self.strategy = strategy
+        self.overlap = overlap
         self._inner, self._outer = inner, outer
-        self._heads = heads
+        self._head_groups = _groups_of(heads, overlap)
+        # in a tuple, so that parameters are in the state once, as those of attn_impl
+        self._group_impls: tuple[AttentionImpl[Any], ...] = ()
         if heads is not None:
             self.attn_impl.set_head_range(*heads.q[inner.rank], total=num_heads)
+            if overlap > 1:
+                ranges = [group.q[inner.rank] for group in self._head_groups]
+                self._group_impls = tuple(self.attn_impl.of_heads(*own) for own in ranges if own[0] < own[1])
         # here and not in forward: a compiler may take a float attribute for a variable, which has no text
         fixed = {
             "backend": self.backend_name,
@@ -112,6 +142,7 @@ class _SequenceParallel(AttentionLayer):
             "heads": [num_heads, self.num_kv_heads, head_size],
             "causal": causal,
             "softmax_scale": float(self.attn_impl.softmax_scale),
+            "overlap": overlap,
         }
         self._settings = tuple(describe(group, fixed) for group in (inner, outer))
         self._ring: Ring | None = None
@@ -143,6 +174,13 @@ class _SequenceParallel(AttentionLayer):
                     other.set_head_range(*heads.q[inner.rank], total=num_heads)
             self._ring = Ring(self.attn_impl, other, outer.rank, outer.size)
 
+    def train(self, mode: bool = True) -> Self:
+        """Set whether the layer trains, the impls of its groups of heads included."""
+        for impl in self._group_impls:
+            if isinstance(impl, torch.nn.Module):
+                impl.train(mode)
+        return super().train(mode)
+
     def _plan(self, rows: int, original_seq_len: int | None, plan: SeqPlan | None) -> SeqPlan:
         if plan is None:
             length = rows * self.sp.size if original_seq_len is None else original_seq_len
@@ -170,7 +208,7 @@ class _SequenceParallel(AttentionLayer):
             self._check_parts(metadata, text, extra)
         rank, rows, length = self.sp.rank, plan.rows[self.sp.rank], plan.lengths[self.sp.rank]
         q, k, v = qkv
-        if freqs_cis is not None or self._heads is None:
+        if freqs_cis is not None or not self._head_groups:
             if length < rows:
                 q, k, v = (x[:, :length] for x in (q, k, v))
                 extra = {name: x[:, :length] for name, x in extra.items()}
@@ -180,40 +218,59 @@ class _SequenceParallel(AttentionLayer):
                 freqs = freqs_cis if self.sp.size == 1 else (freqs_cis[0][first:last], freqs_cis[1][first:last])
                 q, k = apply_rotary(q, freqs), apply_rotary(k, freqs)
         if self.sp.size == 1:
-            output, text_output = self._attend(q, k, v, text, metadata, extra)
+            output, text_output = self._attend(self.attn_impl, q, k, v, text, metadata, extra)
             return _padded(output, rows), text_output
 
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *extra.values(), *text))
-        of_call = f"\nextra_inputs={sorted(extra)}\nrotary={freqs_cis is not None}\ngrad={needs_grad}"
-        near_settings, far_settings = (settings + of_call for settings in self._settings)
-        if self._heads is None:
+        of_call = {"extra_inputs": sorted(extra), "rotary": freqs_cis is not None, "grad": needs_grad}
+        near_settings, far_settings = (add_fields(settings, of_call) for settings in self._settings)
+        if not self._head_groups:
             output = self._attend_across((q, k, v), text, metadata, plan.lengths, far_settings)
             return _padded(output[:, :length], rows), output[:, length:] if text else None
 
         near = plan.part(rank - self._inner.rank, rank - self._inner.rank + self._inner.size)
-        tensors = [q, k, v, *extra.values()]
-        heads = [self._heads.q, self._heads.kv, self._heads.kv, *(self._heads.q for _ in extra)]
-        q, k, v, *rest = to_heads(tensors, list(text), heads, near, self._inner.rank, near_settings)
-        total, tail = near.length, q.shape[1] - near.length
+        tail, letters = text[0].shape[1] if text else 0, "qkk" + "q" * len(extra)
+        # the impl's parameters may want gradients though no input does
+        trains = torch.is_grad_enabled()
+        exchange = Exchange.of(
+            self._head_groups, letters, near, self._inner.rank, near_settings, text=tail, trains=trains
+        )
+        attended, back = [], []
+        for group, under_way in enumerate(send_heads(exchange, [q, k, v, *extra.values()], list(text))):
+            own = arrived_heads(exchange, group, under_way, q.shape[0], self.head_size)
+            impl = self._group_impls[group] if group < len(self._group_impls) else self.attn_impl
+            attended.append(self._attend_to_all(impl, own, list(extra), near.length, plan, metadata, far_settings))
+            back.append(send_shards(exchange, group, attended[-1]))
+        shard, text_output = arrived_shards(exchange, back, attended)
+        return shard, text_output if text else None
+
+    def _attend_to_all(
+        self,
+        impl: AttentionImpl[Any],
+        tensors: tuple[torch.Tensor, ...],
+        extra: list[str],
+        total: int,
+        plan: SeqPlan,
+        metadata: AttentionMetadata | None,
+        far_settings: str,
+    ) -> torch.Tensor:
+        """Return what some of this rank's heads attend to over `total` tokens, text behind them, and other ranks' keys."""
+        q, k, v, *rest = tensors
         if not q.shape[2]:
             # no head of its own: the empty q keeps the exchange in the graph, whose backward other ranks wait for
-            output = q
-        elif self._ring is not None:
+            return q
+        if self._ring is not None:
             size = self._inner.size
             lengths = tuple(sum(plan.lengths[first : first + size]) for first in range(0, self.sp.size, size))
-            output = ring_attention(q, k, v, self._ring, metadata, lengths, far_settings)
-        else:
-            gates = dict(zip(extra, rest, strict=True))
-            if tail and self._preprocesses:
-                text_qkv = tuple(x[:, total:] for x in (q, k, v))
-                q, k, v = (x[:, :total] for x in (q, k, v))
-                video, text_output = self._attend(q, k, v, text_qkv, metadata, gates)
-                assert text_output is not None
-                output = torch.cat((video, text_output), dim=1)
-            else:
-                output, _ = self._attend(q, k, v, (), metadata, gates)
-        shard, text_output = to_shards(output, self._heads.q, near, self._inner.rank, near_settings)
-        return shard, text_output if text else None
+            return ring_attention(q, k, v, self._ring, metadata, lengths, far_settings)
+        gates = dict(zip(extra, rest, strict=True))
+        if q.shape[1] > total and self._preprocesses:
+            text = tuple(x[:, total:] for x in (q, k, v))
+            q, k, v = (x[:, :total] for x in (q, k, v))
+            video, text_output = self._attend(impl, q, k, v, text, metadata, gates)
+            assert text_output is not None
+            return torch.cat((video, text_output), dim=1)
+        return self._attend(impl, q, k, v, (), metadata, gates)[0]
 
     def _attend_across(
         self,
@@ -263,6 +320,7 @@ class _SequenceParallel(AttentionLayer):
 
     def _attend(
         self,
+        impl: AttentionImpl[Any],
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -271,7 +329,6 @@ class _SequenceParallel(AttentionLayer):
         extra: dict[str, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the impl on all tokens, text behind the sequence after `preprocess_qkv`."""
-        impl = self.attn_impl
         if self._preprocesses:
             q, k, v = (impl.preprocess_qkv(x, metadata) for x in (q, k, v))
         length = q.shape[1]
@@ -334,11 +391,14 @@ class DistributedAttention(_SequenceParallel):
             tokens. "ring": each attends with its tokens and all heads to every shard of keys as it comes by. "usp": ulysses
             within groups of ranks, a ring across them. "allgather_kv": each has all keys. None = "usp" for a group that is
             divided for it, else "ulysses".
+        overlap: For "ulysses": in how many groups, each of at least one key head of some rank, a rank's heads are exchanged and
+            attended to, so that the next group comes and the last goes back meanwhile. Two collectives for each.
         **extra_impl_args: Arguments of the backend's own.
 
     Attributes:
         sp: The group.
         strategy: The strategy.
+        overlap: Number of groups of heads.
 
     Raises:
         AttnmuxError: The selection failed, the strategy does not go with the group or the backend, or the backend refuses an

@@ -6,6 +6,7 @@ import dataclasses
 import threading
 from typing import Any
 
+import pytest
 import torch
 
 from attnmux.testing.conformance.cases import Case, gradients, with_gradients
@@ -130,6 +131,25 @@ class BehaviourChecks(ConformanceHarness):
             found = self.run(impl, dataclasses.replace(case, **mixed))
         composed = torch.cat([found[:, :, :1], expected[:, :, 1:]], dim=2)
         self.check_output(case, impl=impl, result=composed, what="output of head 0 with other heads changed")
+
+    def test_some_heads_are_those_of_all(self, device: str, dtype: str) -> None:
+        """`of_heads` gives an impl for some of the heads, which computes what the whole does for these.
+
+        If this fails: the impl keeps something per head, which a copy of it applies to the wrong heads. Override `of_heads`.
+        """
+        if "ulysses" not in self.capabilities.sequence_parallel:
+            pytest.skip(f"{self.backend} does not declare 'ulysses'")
+        case = self.make_case(device, dtype)
+        impl = self.make_impl(case)
+        half = self.num_heads // 2
+
+        def run_some(first: int) -> Any:
+            last = first + half
+            return self.run(impl.of_heads(first, last), case.mapped(lambda x: x[:, :, first:last]))
+
+        with torch.no_grad():
+            parts = [run_some(0), run_some(half)]
+        self.check_output(case, impl=impl, result=torch.cat(parts, dim=2), what="output of the heads half by half")
 
     def test_fresh_memory_is_written(self, device: str, any_dtype: str) -> None:
         """Every element of the output and of the gradients is written: memory from torch.empty holds NaN here.

@@ -1,0 +1,62 @@
+"""The table of one rank's share of attention, and of what is computed from it: from what `distributed.py` wrote on one GPU."""
+
+import json
+import re
+
+HEADER = (
+    "| attention | GPUs | strategy | groups of heads | one GPU alone, ms | its share, ms | transfers left out | computed |\n"
+    "|---|---|---|---|---|---|---|---|\n"
+)
+FASTER = "above 1: attention to a share takes less time per head than to all heads, which is no gain of the exchange"
+
+
+def table(found):
+    """Markdown: shares of one GPU's work, and efficiency computed for transfers at a bandwidth that was given, in percent."""
+    computed = {_key(row, "gpus"): row for row in found["computed"] if "backend" in row}
+    lines, above, drifted, given = [], False, False, set()
+    for row in found["shares_without_transfer"]:
+        if "efficiency" not in row:
+            continue
+        of_transfers = computed.get(_key(row, "ranks"))
+        shown = [
+            f"{100 * row['efficiency']:.1f}",
+            "" if of_transfers is None else f"{100 * of_transfers['efficiency']:.1f}",
+        ]
+        values = [row["efficiency"], *([] if of_transfers is None else [of_transfers["efficiency"]])]
+        for place, value in enumerate(values):
+            if value > 1:
+                shown[place], above = f"{shown[place]} (1)", True
+        if row["drifted"]:
+            shown[0], drifted = f"{shown[0]} (2)", True
+        if of_transfers is not None:
+            given.add(of_transfers["made_from"]["GB_per_s, given"])
+        cells = [
+            row["backend"],
+            row["ranks"],
+            row["strategy"],
+            row["overlap"],
+            f"{row['t1_ms']:.1f}",
+            f"{row['tp_ms']:.1f}",
+            *shown,
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |\n")
+    notes = [
+        f"Efficiency in percent; computed: transfers that nothing hides at {gbs:g} GB/s, which was given and not measured.\n"
+        for gbs in sorted(given)
+    ]
+    notes += [f"(1) {FASTER}.\n"] * above
+    notes += ["(2) The time of one GPU before and after differed by more than 2 %.\n"] * drifted
+    return HEADER + "".join(lines) + ("\n" + "\n".join(notes) if notes else "")
+
+
+def _key(row, gpus):
+    return row["backend"], row[gpus], row["strategy"], row["overlap"]
+
+
+def fill(text, results):
+    """Replace what stands between `<!-- distributed: FILE.json -->` and `<!-- /distributed -->`."""
+
+    def replacement(found):
+        return f"{found[1]}\n\n{table(json.loads((results / found[2]).read_text(encoding='utf-8')))}\n{found[3]}"
+
+    return re.sub(r"(<!-- distributed: ([\w.-]+) -->).*?(<!-- /distributed -->)", replacement, text, flags=re.DOTALL)
