@@ -25,6 +25,9 @@ class HopperConfig:
     query_buffers: int
     query_registers: bool = False
     is_persistent: bool = True
+    fold: int = 2
+    skip: bool = True
+    lag: float = 1.0
 
 
 @dataclass(frozen=True)

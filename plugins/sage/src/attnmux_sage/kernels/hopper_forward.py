@@ -37,6 +37,10 @@ from attnmux_sage.prepare import QuantisedTensors
 # The consumers' registers; the launch gives every thread 168, and the producer gives its own up.
 CONSUMER_REGISTERS = 240
 
+# [64, 4]: one number of every row for each of the four threads that hold its scores.
+SUMS = gl.constexpr(gl.DistributedLinearLayout(
+    [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]))
+
 
 @gluon.jit
 def _place(tile, tiles, heads, group):
@@ -168,11 +172,18 @@ def _halves(x):
 
 
 @gluon.jit
-def _softmax(s, q_scale, scale_a, scale_b, m, l, valid_a, valid_b, FIRST: gl.constexpr, SHIFT: gl.constexpr):
-    """int32 scores of 128 keys -> weights times 2 ** SHIFT, new maximum, factor for what came before, new sum.
+def _by_thread(x):
+    """[64, 64] -> [64, 4, 16]: for every row the columns of each of the four threads that hold it."""
+    return x.reshape([64, 8, 4, 2]).permute((0, 2, 1, 3)).reshape([64, 4, 16])
+
+
+@gluon.jit
+def _softmax(s, q_scale, scale_a, scale_b, m, l, valid_a, valid_b, FIRST: gl.constexpr, SHIFT: gl.constexpr,
+             LAG: gl.constexpr):
+    """int32 scores of 128 keys -> weights times 2 ** SHIFT, new maximum, factor for what came before, new partial sums.
 
     q_scale: of the rows. scale_a, scale_b: of the two key blocks. The maxima are those of the integers, which are exact and
-    cost less: sm_90 compares three integers in one instruction.
+    cost less: sm_90 compares three integers in one instruction. Sums stay apart for the four threads of a row, [64, 4].
     """
     SL: gl.constexpr = s.type.layout
     RS: gl.constexpr = gl.SliceLayout(1, SL)
@@ -185,34 +196,36 @@ def _softmax(s, q_scale, scale_a, scale_b, m, l, valid_a, valid_b, FIRST: gl.con
         else:
             f = s.to(gl.float32)
         f0, f1 = _halves(f)
-        x0 = gl.max(f0, 1)
-        x1 = gl.max(f1, 1)
+        x0 = gl.max(_by_thread(f0), 2)
+        x1 = gl.max(_by_thread(f1), 2)
     else:
         i0, i1 = _halves(s)
-        x0 = gl.max(i0, 1).to(gl.float32)
-        x1 = gl.max(i1, 1).to(gl.float32)
+        x0 = gl.max(_by_thread(i0), 2).to(gl.float32)
+        x1 = gl.max(_by_thread(i1), 2).to(gl.float32)
         f0 = i0.to(gl.float32)
         f1 = i1.to(gl.float32)
+    RT: gl.constexpr = gl.SliceLayout(1, x0.type.layout)
     RH: gl.constexpr = gl.SliceLayout(1, f0.type.layout)
-    q_half = gl.convert_layout(q_scale, RH)
-    scale0 = q_half * scale_a
-    scale1 = q_half * scale_b
-    m_new = gl.convert_layout(gl.maximum(x0 * scale0, x1 * scale1), RS)
+    q_thread = gl.convert_layout(q_scale, RT)[:, None]
+    m_new = gl.convert_layout(gl.max(gl.maximum(x0 * (q_thread * scale_a), x1 * (q_thread * scale_b)), 1), RS)
     if FIRST:
         # The floor keeps a fully masked row at weights of 0 instead of NaN.
         m_new = gl.maximum(m_new, -1e30)
     else:
-        m_new = gl.maximum(m, m_new)
+        m_new = gl.where(m_new > m + LAG, m_new, m)
+    q_half = gl.convert_layout(q_scale, RH)
+    scale0 = q_half * scale_a
+    scale1 = q_half * scale_b
     m_half = gl.convert_layout(m_new, RH) - SHIFT
     p0 = gl.exp2(f0 * scale0[:, None] - m_half[:, None])
     p1 = gl.exp2(f1 * scale1[:, None] - m_half[:, None])
-    row_sum = gl.convert_layout(gl.sum(p0 + p1, 1), RS)
+    part = gl.convert_layout(gl.sum(_by_thread(p0 + p1), 2), SUMS)
     p = gl.convert_layout(gl.join(p0, p1).permute((0, 2, 1)).reshape([64, 128]), SL)
     if FIRST:
-        return p, m_new, gl.full([64], 1.0, gl.float32, RS), row_sum
+        return p, m_new, gl.full([64], 1.0, gl.float32, RS), part
     else:
         alpha = gl.exp2(m - m_new)
-        return p, m_new, alpha, l * alpha + row_sum
+        return p, m_new, alpha, l * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None] + part
 
 
 @gluon.jit
@@ -270,16 +283,68 @@ def _scores(q, k_ring, ks, zero, LAYOUT: gl.constexpr, QREG: gl.constexpr):
     return warpgroup_mma(q, k_ring.index(ks).permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
+# x *= factor for a thread's registers of two rows, skipped where no row of the warp has another factor than 1.
+def _rescale_asm(registers: int):
+    factors = (2 * registers, 2 * registers + 2)
+    products = " ".join(f"mul.f32 ${i}, ${i}, ${factors[i % 4 // 2]};" for i in range(registers))
+    return gl.constexpr(
+        f"{{ .reg .pred p; setp.neu.f32 p, ${factors[0]}, 0f3F800000; setp.neu.or.f32 p, ${factors[1]}, 0f3F800000, p; "
+        f"vote.sync.any.pred p, p, 0xffffffff; @!p bra SKIP; {products} SKIP: }}"
+    ), gl.constexpr(",".join(["=f"] * registers + [str(i) for i in range(registers)] + ["f"] * registers))
+
+
+RESCALE_64, RESCALE_64_ARGS = _rescale_asm(64)
+RESCALE_32, RESCALE_32_ARGS = _rescale_asm(32)
+
+
 @gluon.jit
-def _weigh(p, v_ring, vs, o, zero, FP8: gl.constexpr):
-    """P V of one stage, not waited for: e4m3 into a fresh accumulator, else added to o.
+def _rescale(x, factor, D: gl.constexpr, SKIP: gl.constexpr):
+    if SKIP:
+        x, factor = gl.broadcast(x, factor[:, None])
+        if D == 128:
+            return gl.inline_asm_elementwise(RESCALE_64, RESCALE_64_ARGS, [x, factor], dtype=gl.float32, is_pure=False, pack=64)
+        else:
+            return gl.inline_asm_elementwise(RESCALE_32, RESCALE_32_ARGS, [x, factor], dtype=gl.float32, is_pure=False, pack=32)
+    else:
+        return x * factor[:, None]
+
+
+@gluon.jit
+def _make_room(o, acc, alpha, beta, j, never, D: gl.constexpr, FOLD: gl.constexpr, SKIP: gl.constexpr):
+    """Prepare the sums for the j-th product: rescale what the tensor cores go on with, or put it away.
+
+    acc: the running product. o: what was put away. alpha: factor of the new maximum on acc. beta: factor of what acc has seen on o.
+    """
+    RO: gl.constexpr = gl.SliceLayout(1, o.type.layout)
+    a = gl.convert_layout(alpha, RO)
+    if FOLD == 0:
+        acc = _rescale(acc, a, D, SKIP)
+    elif FOLD == 1:
+        if never == 0:
+            o = o * gl.convert_layout(beta, RO)[:, None] + acc
+            beta = alpha
+    else:
+        if j % FOLD == 1:
+            o = o * gl.convert_layout(beta, RO)[:, None] + acc
+            beta = alpha
+        else:
+            acc = _rescale(acc, a, D, SKIP)
+            beta = beta * alpha
+    return o, acc, beta
+
+
+@gluon.jit
+def _weigh(p, v_ring, vs, acc, j, never, FOLD: gl.constexpr):
+    """P V of one stage, not waited for.
 
     The tensor core adds up e4m3 products with about 14 bits. Over a whole sequence that loses 10 % where V has a mean.
     """
-    if FP8:
-        return warpgroup_mma(p, v_ring.index(vs).permute((1, 0)), zero, use_acc=False, is_async=True)
+    if FOLD == 0:
+        return warpgroup_mma(p, v_ring.index(vs), acc, is_async=True)
+    elif FOLD == 1:
+        return warpgroup_mma(p, v_ring.index(vs).permute((1, 0)), acc, use_acc=never != 0, is_async=True)
     else:
-        return warpgroup_mma(p, v_ring.index(vs), o, is_async=True)
+        return warpgroup_mma(p, v_ring.index(vs).permute((1, 0)), acc, use_acc=j % FOLD != 1, is_async=True)
 
 
 @gluon.jit
@@ -289,10 +354,9 @@ def _consumer(
     stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
     n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
     D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, QREG: gl.constexpr, FP8: gl.constexpr,
-    LISTS: gl.constexpr, WG: gl.constexpr,
+    LISTS: gl.constexpr, FOLD: gl.constexpr, SKIP: gl.constexpr, SHIFT: gl.constexpr, LAG: gl.constexpr, WG: gl.constexpr,
 ):
     DTYPE: gl.constexpr = o_desc.dtype
-    SHIFT: gl.constexpr = 8.807354922057604 if FP8 else 0.0
     SL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     OL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32 if FP8 else 16])
     PL: gl.constexpr = gl.DotOperandLayout(0, OL, 4 if FP8 else 2)
@@ -312,7 +376,6 @@ def _consumer(
     first = gl.program_id(0)
     step = gl.num_programs(0)
     zero = gl.full([64, 128], 0, gl.int32, SL)
-    o_zero = gl.zeros([64, D], gl.float32, OL)
     rows = WG * 64 + gl.arange(0, 64, layout=RS)
     none = gl.zeros([64], gl.float32, RS)
     never = n_tiles >> 31
@@ -354,7 +417,7 @@ def _consumer(
     if ks == STAGES:
         ks = 0
         kph ^= 1
-    p, m, alpha, l = _softmax(s, q_scale, scale_a, scale_b, none, none, valid_a, valid_b, True, SHIFT)
+    p, m, alpha, l = _softmax(s, q_scale, scale_a, scale_b, none, none, valid_a, valid_b, True, SHIFT, LAG)
     pb = _pack(p, PL, DTYPE, FP8)
     mbarrier.wait(k_full.index(ks), kph, pred=stages > 1)
 
@@ -379,14 +442,17 @@ def _consumer(
         scale_a = gl.load(scales + _from_end(2 - odd, n))
         scale_b = gl.load(scales + _from_end(3 - odd, n))
         o = gl.zeros([64, D], gl.float32, OL)
+        acc = gl.zeros([64, D], gl.float32, OL)
+        beta = alpha
         if not QREG:
             q = q_ring.index(qs * 2 + WG)
 
         for j in range(1, stages):
             pu = _ready(pb, never, PL, FP8)
             s_acc = _scores(q, k_ring, ks, zero, QL, QREG)
+            o, acc, beta = _make_room(o, acc, alpha, beta, j, never, D, FOLD, SKIP)
             mbarrier.wait(v_full.index(vs), vph)
-            o_acc = _weigh(pu, v_ring, vs, o, o_zero, FP8)
+            acc = _weigh(pu, v_ring, vs, acc, j, never, FOLD)
             s = warpgroup_mma_wait(1, deps=[s_acc])
             mbarrier.arrive(k_empty.index(ks))
             if not QREG:
@@ -398,7 +464,7 @@ def _consumer(
                 kph ^= 1
             na = gl.load(scales + _from_end((j + 1) * 2 - odd, n))
             nb = gl.load(scales + _from_end((j + 1) * 2 - odd + 1, n))
-            p, m, alpha_new, l = _softmax(s, q_scale, scale_a, scale_b, m, l, 64, 64, False, SHIFT)
+            p, m, alpha_new, l = _softmax(s, q_scale, scale_a, scale_b, m, l, 64, 64, False, SHIFT, LAG)
             scale_a = na
             scale_b = nb
             # Naming pb_new as a dependency keeps LLVM from sinking the exponentials behind the wait; ptxas would still hoist
@@ -406,12 +472,7 @@ def _consumer(
             # its way. Without both, the softmax does not overlap the P V product.
             pb_new = _pack(p, PL, DTYPE, FP8)
             mbarrier.wait(k_full.index(ks), kph, pred=j + 1 < stages)
-            if FP8:
-                o_new, pb, pb_new = warpgroup_mma_wait(0, deps=[o_acc, pb, pb_new])
-                o = o * gl.convert_layout(alpha, RO)[:, None] + o_new
-            else:
-                o, pb, pb_new = warpgroup_mma_wait(0, deps=[o_acc, pb, pb_new])
-                o = o * gl.convert_layout(alpha_new, RO)[:, None]
+            acc, pb, pb_new = warpgroup_mma_wait(0, deps=[acc, pb, pb_new])
             mbarrier.arrive(v_empty.index(vs))
             vs += 1
             if vs == STAGES:
@@ -429,8 +490,7 @@ def _consumer(
             qs = 0
             qph ^= 1
         m_done = m
-        l_done = l
-        alpha_done = alpha
+        l_done = gl.convert_layout(gl.sum(l, 1), RS)
         n = next_n
         odd = next_odd
         scales = next_scales
@@ -445,8 +505,9 @@ def _consumer(
                 q = q_ring.index(qs * 2 + WG)
             mbarrier.wait(k_full.index(ks), kph)
             s_acc = _scores(q, k_ring, ks, zero, QL, QREG)
+            o, acc, beta = _make_room(o, acc, alpha, beta, stages, never, D, FOLD, SKIP)
             mbarrier.wait(v_full.index(vs), vph)
-            o_acc = _weigh(pu, v_ring, vs, o, o_zero, FP8)
+            acc = _weigh(pu, v_ring, vs, acc, stages, never, FOLD)
             s = warpgroup_mma_wait(1, deps=[s_acc])
             mbarrier.arrive(k_empty.index(ks))
             if not QREG:
@@ -456,25 +517,26 @@ def _consumer(
             if ks == STAGES:
                 ks = 0
                 kph ^= 1
-            p, m, alpha, l = _softmax(s, next_q_scale, next_scale_a, next_scale_b, m, l, next_valid_a, next_valid_b, True, SHIFT)
+            p, m, alpha, l = _softmax(s, next_q_scale, next_scale_a, next_scale_b, m, l, next_valid_a, next_valid_b, True, SHIFT, LAG)
             pb_new = _pack(p, PL, DTYPE, FP8)
             mbarrier.wait(k_full.index(ks), kph, pred=next_stages > 1)
-            o_new, pb, pb_new = warpgroup_mma_wait(0, deps=[o_acc, pb, pb_new])
+            acc, pb, pb_new = warpgroup_mma_wait(0, deps=[acc, pb, pb_new])
             pb = pb_new
         else:
+            o, acc, beta = _make_room(o, acc, alpha, beta, stages, never, D, FOLD, SKIP)
             mbarrier.wait(v_full.index(vs), vph)
-            o_acc = _weigh(pu, v_ring, vs, o, o_zero, FP8)
-            o_new, pb = warpgroup_mma_wait(0, deps=[o_acc, pb])
+            acc = _weigh(pu, v_ring, vs, acc, stages, never, FOLD)
+            acc, pb = warpgroup_mma_wait(0, deps=[acc, pb])
         mbarrier.arrive(v_empty.index(vs))
         vs += 1
         if vs == STAGES:
             vs = 0
             vph ^= 1
         stages = next_stages
-        if FP8:
-            o = o * gl.convert_layout(alpha_done, RO)[:, None] + o_new
+        if FOLD == 0:
+            o = acc
         else:
-            o = o_new
+            o = o * gl.convert_layout(beta, RO)[:, None] + acc
         is_empty = l_done == 0.0
         l_done = gl.where(is_empty, 1.0, l_done)
         o = o * gl.convert_layout(gl.where(is_empty, 0.0, 1.0 / l_done), RO)[:, None]
@@ -501,7 +563,7 @@ def _sage_hopper_fwd_kernel(
     stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
     n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
     D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, QREG: gl.constexpr, FP8: gl.constexpr,
-    LISTS: gl.constexpr, CREGS: gl.constexpr, num_warps: gl.constexpr,
+    LISTS: gl.constexpr, FOLD: gl.constexpr, SKIP: gl.constexpr, SHIFT: gl.constexpr, LAG: gl.constexpr, CREGS: gl.constexpr, num_warps: gl.constexpr,
 ):
     BL: gl.constexpr = mbarrier.MBarrierLayout()
     KSH: gl.constexpr = gl.NVMMASharedLayout(D, 8, 2)
@@ -532,12 +594,12 @@ def _sage_hopper_fwd_kernel(
                      q_buf, k_buf, v_buf, o_buf, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                      stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
                      n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
-                     D, STAGES, QBUF, QREG, FP8, LISTS, 0)),
+                     D, STAGES, QBUF, QREG, FP8, LISTS, FOLD, SKIP, SHIFT, LAG, 0)),
         (_consumer, (o_desc, v_scale_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
                      q_buf, k_buf, v_buf, o_buf, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                      stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
                      n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
-                     D, STAGES, QBUF, QREG, FP8, LISTS, 1)),
+                     D, STAGES, QBUF, QREG, FP8, LISTS, FOLD, SKIP, SHIFT, LAG, 1)),
         (_producer, (q_desc, k_desc, v_desc, list_ptr, count_ptr, q_buf, k_buf, v_buf,
                      q_full, q_empty, k_full, k_empty, v_full, v_empty,
                      stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
@@ -590,5 +652,6 @@ def launch_hopper_forward(
         quantised.q_scale if blocks is None else blocks, quantised.q_scale if counts is None else counts,
         *strides, n_tiles, tiles, heads, heads // heads_k, blocks_k, width, len_q, len_k - (blocks_k - 1) * 64,
         D=d_pad, STAGES=config.stages, QBUF=config.query_buffers, QREG=config.query_registers,
-        FP8=fp8, LISTS=blocks is not None, CREGS=CONSUMER_REGISTERS, num_warps=4,
+        FP8=fp8, LISTS=blocks is not None, FOLD=config.fold if fp8 else 0, SKIP=config.skip,
+        SHIFT=8.807354922057604 - config.lag if fp8 else 0.0, LAG=config.lag, CREGS=CONSUMER_REGISTERS, num_warps=4,
     )
