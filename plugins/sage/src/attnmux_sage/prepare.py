@@ -36,9 +36,11 @@ class QuantisedTensors:
     q_scale: float32 [B, H, S_q'], one for each row, |softmax_scale| * log2(e) / D' included (the sign is in q8).
     k8: int8 [B, H_kv, N_k * 64, D'], keys minus their mean over the sequence; keys beyond S_k are zero.
     k_scale: float32 [B, H_kv, N_k], one for 64 keys.
-    v8: float8_e4m3fn [B, H_kv, N_k, D', 64]: each block of 64 keys transposed, its keys in the order of `key_order`; None where
-        P V is computed in the type of v.
+    v8: float8_e4m3fn [B, H_kv, N_k, D', 64]: values minus their mean over the sequence, each block of 64 keys transposed, its
+        keys in the order of `key_order`; keys beyond S_k are zero. None where P V is computed in the type of v.
     v_scale: float32 [B, H_kv, D'], one for each channel; None with v8.
+    v_rest: float32 [B, H_kv, D'], the mean over the sequence of v - v_scale * v8, which the weights of a row, whose sum is 1,
+        hand to every output; None with v8.
     lse_shift: float32 [B, H, S_q]: softmax_scale * q . mean(K), what smoothing took off every score of a row.
 
     All are contiguous.
@@ -50,6 +52,7 @@ class QuantisedTensors:
     k_scale: torch.Tensor
     v8: torch.Tensor | None
     v_scale: torch.Tensor | None
+    v_rest: torch.Tensor | None
     lse_shift: torch.Tensor
 
 
@@ -94,7 +97,8 @@ def quantise(
 
     Numerics: rotation and mean in float64 (a last bit can move a number to the next integer), else float32; rounding to nearest,
     ties to even. Source: SageAttention (arXiv 2410.02367, section 4) with finer scales of Q; the rotation is FlashAttention-3's
-    (arXiv 2407.08608, section 3.3) without its random signs.
+    (arXiv 2407.08608, section 3.3) without its random signs; values are centred as in SageAttention2 (arXiv 2411.10958,
+    section 3.3), but what comes back is the mean after rounding.
     """
     head_dim, len_q, len_k = q.shape[3], q.shape[1], k.shape[1]
     d_pad = padded_head(head_dim)
@@ -119,16 +123,19 @@ def quantise(
     k8 = _round_to_int8(k_, (INT8_MAX / largest)[..., None, None]).flatten(2, 3)
     k_scale = largest / INT8_MAX
 
-    v8 = v_scale = None
+    v8 = v_scale = v_rest = None
     if fp8_values:
-        v_ = pad(v.float().transpose(1, 2), (0, extra_d, 0, -len_k % KEY_BLOCK))
+        v_ = pad(v.transpose(1, 2), (0, extra_d))
+        center = v_.mean(2, keepdim=True, dtype=torch.float64).float()
+        v_ = v_.float() - center
         largest = v_.abs().amax(2).clamp_min(VALUE_FLOOR)
         v_scale = (largest / E4M3_MAX).contiguous()
-        v_ = (v_ * v_scale.reciprocal()[:, :, None]).clamp(-E4M3_MAX, E4M3_MAX)
-        tiles = v_.to(torch.float8_e4m3fn).float().view(*v_.shape[:2], -1, KEY_BLOCK, d_pad)
+        v_ = (v_ * v_scale.reciprocal()[:, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+        v_rest = center[:, :, 0] - v_scale * v_.mean(2, dtype=torch.float64).float()
+        tiles = pad(v_, (0, 0, 0, -len_k % KEY_BLOCK)).view(*v_.shape[:2], -1, KEY_BLOCK, d_pad)
         tiles = tiles[:, :, :, key_order(v.device)]
         v8 = tiles.transpose(-1, -2).to(torch.float8_e4m3fn).contiguous()
-    tensors = (q8, q_scale, k8, k_scale, v8, v_scale, lse_shift)
+    tensors = (q8, q_scale, k8, k_scale, v8, v_scale, v_rest, lse_shift)
     return QuantisedTensors(*(None if x is None else x.contiguous() for x in tensors))  # type: ignore[arg-type]
 
 

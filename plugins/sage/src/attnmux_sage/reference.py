@@ -110,8 +110,11 @@ def attend(
         strict=True,
     )
     out, lse = torch.cat(outs, 2)[:, :, :len_q, :head_dim], torch.cat(lses, 2)[:, :, :len_q]
-    if quantised.v_scale is not None:
-        out = out * quantised.v_scale.repeat_interleave(heads // heads_k, 1)[:, :, None, :head_dim]
+    if quantised.v_scale is not None and quantised.v_rest is not None:
+        scale, rest = (
+            x.repeat_interleave(heads // heads_k, 1)[:, :, None, :head_dim] for x in (quantised.v_scale, quantised.v_rest)
+        )
+        out = torch.where(lse[..., None] == float("-inf"), 0.0, out * scale + rest)
     return out.transpose(1, 2).to(v.dtype).contiguous(), lse + quantised.lse_shift
 
 

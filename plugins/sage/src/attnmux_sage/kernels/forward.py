@@ -21,7 +21,7 @@ LN_2 = 0.6931471805599453
 @triton.jit(do_not_specialize=["len_q", "len_k", "rows_q", "blocks_k", "heads", "group", "tiles", "stride_list_b", "stride_list_h",
                                "stride_list_q", "stride_count_b", "stride_count_h"])
 def _sage_fwd_kernel(
-    q8_ptr, q_scale_ptr, k8_ptr, k_scale_ptr, v_ptr, v_scale_ptr, shift_ptr, out_ptr, lse_ptr, list_ptr, count_ptr,
+    q8_ptr, q_scale_ptr, k8_ptr, k_scale_ptr, v_ptr, v_scale_ptr, v_rest_ptr, shift_ptr, out_ptr, lse_ptr, list_ptr, count_ptr,
     stride_v_b, stride_v_s, stride_v_h, stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
     len_q, len_k, rows_q, blocks_k, heads, group, tiles,
     D: tl.constexpr, D_PAD: tl.constexpr, FP8: tl.constexpr, CAUSAL: tl.constexpr, LISTS: tl.constexpr,
@@ -93,7 +93,8 @@ def _sage_fwd_kernel(
     l = tl.where(is_empty, 1.0, l)
     acc = acc / l[:, None]
     if FP8:
-        acc = acc * tl.load(v_scale_ptr + bh_k * D_PAD + offs_d)[None, :]
+        rest = tl.load(v_rest_ptr + bh_k * D_PAD + offs_d)[None, :]
+        acc = tl.where(is_empty[:, None], 0.0, acc * tl.load(v_scale_ptr + bh_k * D_PAD + offs_d)[None, :] + rest)
     mask_m = offs_m < len_q
     out = out_ptr + ((batch * len_q + offs_m)[:, None] * heads + head) * D + offs_d[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_d < D)[None, :])
@@ -119,7 +120,8 @@ def launch_triton_forward(
         strides = (*broadcast_strides(blocks), blocks.stride(2), *broadcast_strides(counts))
     return _sage_fwd_kernel[(batch * heads * tiles,)](
         quantised.q8, quantised.q_scale, quantised.k8, quantised.k_scale, quantised.v8 if fp8 else v,
-        quantised.v_scale if fp8 else quantised.k_scale, quantised.lse_shift, out, lse,
+        quantised.v_scale if fp8 else quantised.k_scale, quantised.v_rest if fp8 else quantised.k_scale,
+        quantised.lse_shift, out, lse,
         quantised.k_scale if blocks is None else blocks, quantised.k_scale if counts is None else counts,
         *v.stride()[:3], *strides, len_q, v.shape[1], quantised.q8.shape[2], blocks_k, heads, heads // heads_k, tiles,
         D=head_dim, D_PAD=quantised.q8.shape[3], FP8=fp8, CAUSAL=causal, LISTS=blocks is not None,

@@ -349,7 +349,8 @@ def _weigh(p, v_ring, vs, acc, j, never, FOLD: gl.constexpr):
 
 @gluon.jit
 def _consumer(
-    o_desc, v_scale_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr, q_buf, k_buf, v_buf, o_buf,
+    o_desc, v_scale_ptr, v_rest_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
+    q_buf, k_buf, v_buf, o_buf,
     q_full, q_empty, k_full, k_empty, v_full, v_empty,
     stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
     n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
@@ -541,8 +542,9 @@ def _consumer(
         l_done = gl.where(is_empty, 1.0, l_done)
         o = o * gl.convert_layout(gl.where(is_empty, 0.0, 1.0 / l_done), RO)[:, None]
         if FP8:
-            offs_d = gl.arange(0, D, layout=gl.SliceLayout(0, OL))
-            o = o * gl.load(v_scale_ptr + bh_k.to(gl.int64) * D + offs_d)[None, :]
+            at_d = bh_k.to(gl.int64) * D + gl.arange(0, D, layout=gl.SliceLayout(0, OL))
+            is_filled = gl.convert_layout(gl.where(is_empty, 0.0, 1.0), RO)
+            o = o * gl.load(v_scale_ptr + at_d)[None, :] + gl.load(v_rest_ptr + at_d)[None, :] * is_filled[:, None]
         o_s = o_buf.index(WG)
         tma.store_wait(0)
         o_s._reinterpret(DTYPE, [64, D], gl.NVMMASharedLayout(128, 16, 2)).store(o.to(DTYPE))
@@ -559,7 +561,7 @@ def _consumer(
 @gluon.jit(do_not_specialize=["stride_list_b", "stride_list_h", "stride_list_q", "stride_count_b", "stride_count_h",
                               "n_tiles", "tiles", "heads", "group", "blocks_k", "width", "len_q", "tail"])
 def _sage_hopper_fwd_kernel(
-    q_desc, k_desc, v_desc, o_desc, v_scale_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
+    q_desc, k_desc, v_desc, o_desc, v_scale_ptr, v_rest_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
     stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
     n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
     D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, QREG: gl.constexpr, FP8: gl.constexpr,
@@ -590,12 +592,12 @@ def _sage_hopper_fwd_kernel(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=2)
     gl.warp_specialize([
-        (_consumer, (o_desc, v_scale_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
+        (_consumer, (o_desc, v_scale_ptr, v_rest_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
                      q_buf, k_buf, v_buf, o_buf, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                      stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
                      n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
                      D, STAGES, QBUF, QREG, FP8, LISTS, FOLD, SKIP, SHIFT, LAG, 0)),
-        (_consumer, (o_desc, v_scale_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
+        (_consumer, (o_desc, v_scale_ptr, v_rest_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
                      q_buf, k_buf, v_buf, o_buf, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                      stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
                      n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
@@ -648,7 +650,8 @@ def launch_hopper_forward(
     return _sage_hopper_fwd_kernel[(programs,)](
         _rows_descriptor(quantised.q8, 64), _rows_descriptor(quantised.k8, 64),
         _rows_descriptor(quantised.v8, d_pad) if fp8 else _half_descriptor(v, 64), _half_descriptor(out, d_pad),
-        quantised.v_scale if fp8 else quantised.k_scale, quantised.q_scale, scales, quantised.lse_shift, lse,
+        quantised.v_scale if fp8 else quantised.k_scale, quantised.v_rest if fp8 else quantised.k_scale, quantised.q_scale,
+        scales, quantised.lse_shift, lse,
         quantised.q_scale if blocks is None else blocks, quantised.q_scale if counts is None else counts,
         *strides, n_tiles, tiles, heads, heads // heads_k, blocks_k, width, len_q, len_k - (blocks_k - 1) * 64,
         D=d_pad, STAGES=config.stages, QBUF=config.query_buffers, QREG=config.query_registers,
