@@ -41,7 +41,8 @@ class QuantisedTensors:
     v_scale: float32 [B, H_kv, D'], one for each channel; None with v8.
     v_rest: float32 [B, H_kv, D'], the mean over the sequence of v - v_scale * v8, which the weights of a row, whose sum is 1,
         hand to every output; None with v8.
-    lse_shift: float32 [B, H, S_q]: softmax_scale * q . mean(K), what smoothing took off every score of a row.
+    lse_shift: float32 [B, H, S_q]: softmax_scale * q . mean(K), what smoothing took off every score of a row; None where no
+        log-sum-exp is wanted.
 
     All are contiguous.
     """
@@ -53,7 +54,7 @@ class QuantisedTensors:
     v8: torch.Tensor | None
     v_scale: torch.Tensor | None
     v_rest: torch.Tensor | None
-    lse_shift: torch.Tensor
+    lse_shift: torch.Tensor | None
 
 
 def padded_head(head_dim: int) -> int:
@@ -127,11 +128,11 @@ def quantise(
     if fp8_values:
         v_ = pad(v.transpose(1, 2), (0, extra_d))
         center = v_.mean(2, keepdim=True, dtype=torch.float64).float()
-        v_ = v_.float() - center
-        largest = v_.abs().amax(2).clamp_min(VALUE_FLOOR)
+        centered = v_.float() - center
+        largest = centered.abs().amax(2).clamp_min(VALUE_FLOOR)
         v_scale = (largest / E4M3_MAX).contiguous()
-        v_ = (v_ * v_scale.reciprocal()[:, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
-        v_rest = center[:, :, 0] - v_scale * v_.mean(2, dtype=torch.float64).float()
+        v_ = (centered * v_scale.reciprocal()[:, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+        v_rest = center[:, :, 0] + (centered - v_scale[:, :, None] * v_).mean(2, dtype=torch.float64).float()
         tiles = pad(v_, (0, 0, 0, -len_k % KEY_BLOCK)).view(*v_.shape[:2], -1, KEY_BLOCK, d_pad)
         tiles = tiles[:, :, :, key_order(v.device)]
         v8 = tiles.transpose(-1, -2).to(torch.float8_e4m3fn).contiguous()

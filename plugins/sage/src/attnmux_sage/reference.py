@@ -54,7 +54,8 @@ def attend(
         keys_per_step: 64 or 128.
 
     Returns:
-        out [B, S_q, H, D] in the type of v and lse [B, H, S_q], float32, natural log; zeros and -inf for an empty row.
+        out [B, S_q, H, D] in the type of v and lse [B, H, S_q], float32, natural log, without what smoothing took off where
+        `quantised.lse_shift` is None; zeros and -inf for an empty row.
     """
     batch, heads, rows, d_pad = quantised.q8.shape
     heads_k, num_blocks = quantised.k_scale.shape[1:]
@@ -115,7 +116,9 @@ def attend(
             x.repeat_interleave(heads // heads_k, 1)[:, :, None, :head_dim] for x in (quantised.v_scale, quantised.v_rest)
         )
         out = torch.where(lse[..., None] == float("-inf"), 0.0, out * scale + rest)
-    return out.transpose(1, 2).to(v.dtype).contiguous(), lse + quantised.lse_shift
+    if quantised.lse_shift is not None:
+        lse = lse + quantised.lse_shift
+    return out.transpose(1, 2).to(v.dtype).contiguous(), lse
 
 
 def _attend_tiles(

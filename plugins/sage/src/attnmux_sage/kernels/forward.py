@@ -26,7 +26,7 @@ def _sage_fwd_kernel(
     len_q, len_k, rows_q, blocks_k, heads, group, tiles,
     D: tl.constexpr, D_PAD: tl.constexpr, FP8: tl.constexpr, CAUSAL: tl.constexpr, LISTS: tl.constexpr,
     TILE_M: tl.constexpr, TILE_Q: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SHIFT: tl.constexpr, LAG: tl.constexpr,
-    LN2: tl.constexpr,
+    LSE: tl.constexpr, LN2: tl.constexpr,
 ):
     pid = tl.program_id(0)
     bh = pid // tiles
@@ -98,15 +98,16 @@ def _sage_fwd_kernel(
     mask_m = offs_m < len_q
     out = out_ptr + ((batch * len_q + offs_m)[:, None] * heads + head) * D + offs_d[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_d < D)[None, :])
-    at = bh.to(tl.int64) * len_q + offs_m
-    lse = (m - SHIFT + tl.log2(l)) * LN2 + tl.load(shift_ptr + at, mask=mask_m, other=0.0)
-    tl.store(lse_ptr + at, tl.where(is_empty, float("-inf"), lse), mask=mask_m)
+    if LSE:
+        at = bh.to(tl.int64) * len_q + offs_m
+        lse = (m - SHIFT + tl.log2(l)) * LN2 + tl.load(shift_ptr + at, mask=mask_m, other=0.0)
+        tl.store(lse_ptr + at, tl.where(is_empty, float("-inf"), lse), mask=mask_m)
 
 
 def launch_triton_forward(
     quantised: QuantisedTensors, v, out, lse, *, blocks=None, counts=None, causal: bool = False, config=None
 ):
-    """Fill out [B, S_q, H, D] and lse [B, H, S_q], both contiguous.
+    """Fill out [B, S_q, H, D] and lse [B, H, S_q], both contiguous; lse None = not wanted.
 
     v: [B, S_k, H_kv, D], read where there are no 8-bit values. blocks, counts: int32 lists for tiles of 128 queries, or None.
     """
@@ -121,10 +122,10 @@ def launch_triton_forward(
     return _sage_fwd_kernel[(batch * heads * tiles,)](
         quantised.q8, quantised.q_scale, quantised.k8, quantised.k_scale, quantised.v8 if fp8 else v,
         quantised.v_scale if fp8 else quantised.k_scale, quantised.v_rest if fp8 else quantised.k_scale,
-        quantised.lse_shift, out, lse,
+        out if lse is None else quantised.lse_shift, out, out if lse is None else lse,
         quantised.k_scale if blocks is None else blocks, quantised.k_scale if counts is None else counts,
         *v.stride()[:3], *strides, len_q, v.shape[1], quantised.q8.shape[2], blocks_k, heads, heads // heads_k, tiles,
         D=head_dim, D_PAD=quantised.q8.shape[3], FP8=fp8, CAUSAL=causal, LISTS=blocks is not None,
         TILE_M=config.tile_m, TILE_Q=QUERY_TILE, BLOCK=KEY_BLOCK, STAGES=config.stages, SHIFT=P_SHIFT if fp8 else 0.0,
-        LAG=MAXIMUM_LAG, LN2=LN_2, num_warps=config.warps,
+        LAG=MAXIMUM_LAG, LSE=lse is not None, LN2=LN_2, num_warps=config.warps,
     )

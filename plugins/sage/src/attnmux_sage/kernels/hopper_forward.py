@@ -355,7 +355,7 @@ def _consumer(
     stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
     n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
     D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, QREG: gl.constexpr, FP8: gl.constexpr,
-    LISTS: gl.constexpr, FOLD: gl.constexpr, SKIP: gl.constexpr, SHIFT: gl.constexpr, LAG: gl.constexpr, WG: gl.constexpr,
+    LISTS: gl.constexpr, FOLD: gl.constexpr, SKIP: gl.constexpr, SHIFT: gl.constexpr, LAG: gl.constexpr, LSE: gl.constexpr, WG: gl.constexpr,
 ):
     DTYPE: gl.constexpr = o_desc.dtype
     SL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
@@ -550,11 +550,12 @@ def _consumer(
         o_s._reinterpret(DTYPE, [64, D], gl.NVMMASharedLayout(128, 16, 2)).store(o.to(DTYPE))
         fence_async_shared()
         tma.async_copy_shared_to_global(o_desc, [batch, head, place * 128 + WG * 64, 0], o_s)
-        at = place * 128 + rows
-        base = (batch.to(gl.int64) * heads + head) * len_q
-        shift = gl.load(shift_ptr + base + at, mask=at < len_q, other=0.0)
-        lse = (m_done - SHIFT + gl.log2(l_done)) * 0.6931471805599453 + shift
-        gl.store(lse_ptr + base + at, gl.where(is_empty, float("-inf"), lse), mask=at < len_q)
+        if LSE:
+            at = place * 128 + rows
+            base = (batch.to(gl.int64) * heads + head) * len_q
+            shift = gl.load(shift_ptr + base + at, mask=at < len_q, other=0.0)
+            lse = (m_done - SHIFT + gl.log2(l_done)) * 0.6931471805599453 + shift
+            gl.store(lse_ptr + base + at, gl.where(is_empty, float("-inf"), lse), mask=at < len_q)
     tma.store_wait(0)
 
 
@@ -565,7 +566,7 @@ def _sage_hopper_fwd_kernel(
     stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
     n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
     D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, QREG: gl.constexpr, FP8: gl.constexpr,
-    LISTS: gl.constexpr, FOLD: gl.constexpr, SKIP: gl.constexpr, SHIFT: gl.constexpr, LAG: gl.constexpr, CREGS: gl.constexpr, num_warps: gl.constexpr,
+    LISTS: gl.constexpr, FOLD: gl.constexpr, SKIP: gl.constexpr, SHIFT: gl.constexpr, LAG: gl.constexpr, LSE: gl.constexpr, CREGS: gl.constexpr, num_warps: gl.constexpr,
 ):
     BL: gl.constexpr = mbarrier.MBarrierLayout()
     KSH: gl.constexpr = gl.NVMMASharedLayout(D, 8, 2)
@@ -596,12 +597,12 @@ def _sage_hopper_fwd_kernel(
                      q_buf, k_buf, v_buf, o_buf, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                      stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
                      n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
-                     D, STAGES, QBUF, QREG, FP8, LISTS, FOLD, SKIP, SHIFT, LAG, 0)),
+                     D, STAGES, QBUF, QREG, FP8, LISTS, FOLD, SKIP, SHIFT, LAG, LSE, 0)),
         (_consumer, (o_desc, v_scale_ptr, v_rest_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
                      q_buf, k_buf, v_buf, o_buf, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                      stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
                      n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
-                     D, STAGES, QBUF, QREG, FP8, LISTS, FOLD, SKIP, SHIFT, LAG, 1)),
+                     D, STAGES, QBUF, QREG, FP8, LISTS, FOLD, SKIP, SHIFT, LAG, LSE, 1)),
         (_producer, (q_desc, k_desc, v_desc, list_ptr, count_ptr, q_buf, k_buf, v_buf,
                      q_full, q_empty, k_full, k_empty, v_full, v_empty,
                      stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
@@ -627,7 +628,7 @@ def launch_hopper_forward(
     quantised: QuantisedTensors, v, out, lse, *, blocks=None, counts=None, even_rows: bool = True,
     config: HopperConfig | None = None, multiprocessors: int | None = None,
 ):
-    """Fill out [B, S_q, H, D] and lse [B, H, S_q], both contiguous; see `kernels.hopper_reasons` for what it takes.
+    """Fill out [B, S_q, H, D] and lse [B, H, S_q], both contiguous; lse None = not wanted. See `kernels.hopper_reasons`.
 
     v: [B, S_k, H_kv, D], read where there are no 8-bit values. blocks, counts: int32 lists for tiles of 128 queries, or None.
     even_rows: whether all counts are about equal. multiprocessors: programs of the persistent grid; None = the card's.
@@ -651,10 +652,10 @@ def launch_hopper_forward(
         _rows_descriptor(quantised.q8, 64), _rows_descriptor(quantised.k8, 64),
         _rows_descriptor(quantised.v8, d_pad) if fp8 else _half_descriptor(v, 64), _half_descriptor(out, d_pad),
         quantised.v_scale if fp8 else quantised.k_scale, quantised.v_rest if fp8 else quantised.k_scale, quantised.q_scale,
-        scales, quantised.lse_shift, lse,
+        scales, out if lse is None else quantised.lse_shift, out if lse is None else lse,
         quantised.q_scale if blocks is None else blocks, quantised.q_scale if counts is None else counts,
         *strides, n_tiles, tiles, heads, heads // heads_k, blocks_k, width, len_q, len_k - (blocks_k - 1) * 64,
         D=d_pad, STAGES=config.stages, QBUF=config.query_buffers, QREG=config.query_registers,
         FP8=fp8, LISTS=blocks is not None, FOLD=config.fold if fp8 else 0, SKIP=config.skip,
-        SHIFT=8.807354922057604 - config.lag if fp8 else 0.0, LAG=config.lag, CREGS=CONSUMER_REGISTERS, num_warps=4,
+        SHIFT=8.807354922057604 - config.lag if fp8 else 0.0, LAG=config.lag, LSE=lse is not None, CREGS=CONSUMER_REGISTERS, num_warps=4,
     )

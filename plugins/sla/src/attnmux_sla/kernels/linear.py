@@ -63,11 +63,11 @@ def _sla_pool_kernel(
 
 @triton.jit(do_not_specialize=["n_heads", "n_pairs", "length", "n_blocks", "n_splits", "blocks_per_split"])
 def _sla_summarize_kernel(
-    k_ptr, v_ptr, pooled_ptr, part_ptr, part_mass_ptr,
+    k_ptr, v_ptr, pooled_ptr, part_ptr, part_mass_ptr, part_range_ptr,
     stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     n_heads, n_pairs, length, n_blocks, n_splits, blocks_per_split,
     BLOCK: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, FEATURE_MAP: tl.constexpr,
-    PHI_SCALE: tl.constexpr, STAGES: tl.constexpr,
+    PHI_SCALE: tl.constexpr, RANGE: tl.constexpr, STAGES: tl.constexpr,
 ):
     pair = tl.program_id(0) % n_pairs
     split = tl.program_id(0) // n_pairs
@@ -79,6 +79,9 @@ def _sla_summarize_kernel(
     last = tl.minimum(first + blocks_per_split, n_blocks)
     state = tl.zeros([D_PAD, D_PAD], tl.float32)
     mass = tl.zeros([TILE, D_PAD], tl.float32)
+    if RANGE:
+        highest = tl.full([TILE, D_PAD], float("-inf"), tl.float32)
+        lowest = tl.full([TILE, D_PAD], float("inf"), tl.float32)
     for block in tl.range(first, last, num_stages=STAGES):
         total = tl.zeros([D_PAD], tl.float32)
         for sub in tl.static_range(BLOCK // TILE):
@@ -88,8 +91,12 @@ def _sla_summarize_kernel(
             x = k.to(tl.float32)
             total += tl.sum(x, 0)
             phi = apply_feature_map(x, D, D_PAD, FEATURE_MAP)
-            phi = tl.where((row + offs_r < length)[:, None], phi, 0.0)
+            is_row = (row + offs_r < length)[:, None]
+            phi = tl.where(is_row, phi, 0.0)
             mass += phi
+            if RANGE:
+                highest = tl.maximum(highest, tl.where(is_row, v.to(tl.float32), float("-inf")))
+                lowest = tl.minimum(lowest, tl.where(is_row, v.to(tl.float32), float("inf")))
             state = tl.dot((phi * PHI_SCALE).to(v.dtype).T, v, state)
         size = tl.minimum(BLOCK, length - block * BLOCK)
         at = (pair.to(tl.int64) * n_blocks + block) * D + offs_d
@@ -98,14 +105,20 @@ def _sla_summarize_kernel(
     tile = offs_d[:, None] * D_PAD + offs_d[None, :]
     tl.store(part_ptr + slot * D_PAD * D_PAD + tile, state * (1.0 / PHI_SCALE))
     tl.store(part_mass_ptr + slot * D_PAD + offs_d, tl.sum(mass, 0))
+    if RANGE:
+        tl.store(part_range_ptr + slot * 2 * D_PAD + offs_d, tl.max(highest, 0))
+        tl.store(part_range_ptr + (slot * 2 + 1) * D_PAD + offs_d, tl.min(lowest, 0))
 
 
 @triton.jit(do_not_specialize=["n_parts"])
 def _sla_reduce_kernel(
-    part_ptr, part_mass_ptr, state_ptr, mass_ptr, n_parts,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    part_ptr, part_mass_ptr, part_range_ptr, state_ptr, mass_ptr, range_ptr, n_parts,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, RANGE: tl.constexpr,
 ):
-    """Add up the partial states [n_parts, D_PAD, D_PAD] and masses [n_parts, D_PAD] of a head, some rows a program."""
+    """Add up the partial states [n_parts, D_PAD, D_PAD] and masses [n_parts, D_PAD] of a head, some rows a program.
+
+    The first program of a head also takes the extremes over the partial ones [n_parts, 2, D_PAD].
+    """
     pair = tl.program_id(0).to(tl.int64)
     offs_p = tl.arange(0, PARTS)
     offs_d = tl.arange(0, D_PAD)
@@ -122,6 +135,17 @@ def _sla_reduce_kernel(
     at = (pair * D + rows[:, None]) * D + offs_d[None, :]
     tl.store(state_ptr + at, state, mask=(rows < D)[:, None] & (offs_d < D)[None, :])
     tl.store(mass_ptr + pair * D + rows, mass, mask=rows < D)
+    if RANGE:
+        if tl.program_id(1) == 0:
+            highest = tl.full([D_PAD], float("-inf"), tl.float32)
+            lowest = tl.full([D_PAD], float("inf"), tl.float32)
+            for start in range(0, n_parts, PARTS):
+                is_part = (start + offs_p < n_parts)[:, None]
+                at = (pair * n_parts + start + offs_p)[:, None] * 2 * D_PAD + offs_d[None, :]
+                highest = tl.maximum(highest, tl.max(tl.load(part_range_ptr + at, mask=is_part, other=float("-inf")), 0))
+                lowest = tl.minimum(lowest, tl.min(tl.load(part_range_ptr + at + D_PAD, mask=is_part, other=float("inf")), 0))
+            tl.store(range_ptr + pair * 2 * D + offs_d, highest, mask=offs_d < D)
+            tl.store(range_ptr + (pair * 2 + 1) * D + offs_d, lowest, mask=offs_d < D)
 
 
 @triton.jit
