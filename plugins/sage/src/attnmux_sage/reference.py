@@ -113,7 +113,8 @@ def attend(
     out, lse = torch.cat(outs, 2)[:, :, :len_q, :head_dim], torch.cat(lses, 2)[:, :, :len_q]
     if quantised.v_scale is not None and quantised.v_rest is not None:
         scale, rest = (
-            x.repeat_interleave(heads // heads_k, 1)[:, :, None, :head_dim] for x in (quantised.v_scale, quantised.v_rest)
+            x.repeat_interleave(heads // heads_k, 1)[:, :, None, :head_dim]
+            for x in (quantised.v_scale, quantised.v_rest)
         )
         out = torch.where(lse[..., None] == float("-inf"), 0.0, out * scale + rest)
     if quantised.lse_shift is not None:

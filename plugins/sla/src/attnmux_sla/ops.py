@@ -25,7 +25,15 @@ from attnmux_sla.prepare import (
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["ENGINES", "KeySummary", "SparseBranch", "get_block_map", "mean_pool", "select_blocks", "sparse_linear_attention"]
+__all__ = [
+    "ENGINES",
+    "KeySummary",
+    "SparseBranch",
+    "get_block_map",
+    "mean_pool",
+    "select_blocks",
+    "sparse_linear_attention",
+]
 
 Router = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Pooled q `[B, H, N_q, D]` and pooled k `[B, H_kv, N_k, D]` to what is scored in their place, of the same shapes."""

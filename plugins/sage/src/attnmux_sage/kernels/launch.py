@@ -28,7 +28,9 @@ def quantise_pooling(q, k, v, pooled_k, state, range_v, *, softmax_scale: float,
         )
 
 
-def launch_attention(engine: str, quantised, v, out, lse, blocks, counts, *, even_rows: bool, causal: bool = False) -> None:
+def launch_attention(
+    engine: str, quantised, v, out, lse, blocks, counts, *, even_rows: bool, causal: bool = False
+) -> None:
     """Fill out [B, S_q, H, D] and, unless it is None, lse [B, H, S_q]."""
     with torch.cuda.device_of(v):
         if engine == "hopper":
