@@ -11,7 +11,14 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_kernels.py"
 # The interpreter is chosen by the variable above, before triton is imported.
 # ruff: noqa: E402
 import triton.language as tl
-from sage_scenarios import Scenario, assert_like_emulation, assert_same_tensors, make_lists, make_tensors
+from sage_scenarios import (
+    Scenario,
+    assert_like_emulation,
+    assert_pooling_agrees,
+    assert_same_tensors,
+    make_lists,
+    make_tensors,
+)
 from triton.runtime import interpreter
 
 from attnmux_sage import prepare, reference
@@ -82,6 +89,12 @@ def test_quantisation_writes_what_the_emulation_writes(name, pv):
     found = launch_quantise(q, k, v, **options)
     assert all(map(torch.equal, before, (q, k, v)))
     assert_same_tensors(found, prepare.quantise(q, k, v, **options))
+
+
+@pytest.mark.parametrize("pv", ["fp8", "bf16"])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "float32"])
+def test_quantisation_that_pools_writes_the_same(name, pv):
+    assert_pooling_agrees(CASES[name], pv, "cpu")
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
