@@ -118,7 +118,11 @@ def assert_same_tensors(found, wanted):
     assert (found.v8 is None) == (wanted.v8 is None)
     if wanted.v8 is not None:
         torch.testing.assert_close(found.v_scale, wanted.v_scale, rtol=1e-5, atol=0)
-        torch.testing.assert_close(found.v_rest, wanted.v_rest, rtol=1e-4, atol=1e-4 * wanted.v_scale.max().item())
+        # A number that falls on the other side of a half moves the mean by a step of its own, 32 at most.
+        len_k = found.k8.shape[2]
+        torch.testing.assert_close(
+            found.v_rest, wanted.v_rest, rtol=1e-4, atol=64 / len_k * wanted.v_scale.max().item()
+        )
         a, b = (x.v8.view(torch.int8).int() for x in (found, wanted))
         assert ((a - b).abs() > 1).sum() == 0
         assert (a != b).float().mean() < 1e-3

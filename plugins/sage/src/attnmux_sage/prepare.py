@@ -18,9 +18,6 @@ QUERY_TILE = 128
 KEY_BLOCK = 64
 """Keys that share one scale of K, and one transposed tile of V."""
 
-MAXIMUM_LAG = 1.0
-"""Powers of 2 that a row's scores may exceed its running maximum by before that moves: what is summed is rescaled less often."""
-
 # Below these sizes a tensor counts as zero. They keep every product of two scales a normal float32, so that a score of -inf
 # stays -inf; V needs only that 448 / maximum is finite.
 SCORE_FLOOR = 1e-12

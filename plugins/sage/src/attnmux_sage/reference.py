@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from attnmux_sage.prepare import E4M3_MAX, KEY_BLOCK, MAXIMUM_LAG, QUERY_TILE, QuantisedTensors, dequantise_values
+from attnmux_sage.prepare import E4M3_MAX, KEY_BLOCK, QUERY_TILE, QuantisedTensors, dequantise_values
 
-P_SHIFT = math.log2(E4M3_MAX) - MAXIMUM_LAG
-"""Weights are computed times 2 ** P_SHIFT for the e4m3 product, so that the largest possible is the largest e4m3."""
+P_SHIFT = math.log2(E4M3_MAX)
+"""Weights are computed times 2 ** P_SHIFT for the e4m3 product: the largest becomes the largest e4m3."""
 
 # Rows of all heads whose scores against one step stay in a processor's cache.
 _ROWS_AT_ONCE = 8192
@@ -163,8 +163,7 @@ def _attend_tiles(
                 (key < keys.length) & (key <= last_visible) & is_listed.repeat_interleave(KEY_BLOCK, -1)[..., None, :]
             )
             scores = scores.masked_fill(~visible, float("-inf"))
-        largest = scores.amax(-1, keepdim=True)
-        m_new = torch.where(largest > m + MAXIMUM_LAG, largest, m)
+        m_new = torch.maximum(m, scores.amax(-1, keepdim=True))
         p = torch.exp2(scores - (m_new - shift))
         alpha = torch.exp2(m - m_new)
         total = total * alpha + p.sum(-1, keepdim=True)

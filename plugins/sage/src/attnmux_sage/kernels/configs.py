@@ -25,9 +25,6 @@ class HopperConfig:
     query_buffers: int
     query_registers: bool = False
     is_persistent: bool = True
-    fold: int = 2
-    skip: bool = True
-    lag: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from attnmux_blocksparse.kernels.arguments import broadcast_strides
 from attnmux_sage.kernels.configs import triton_config
-from attnmux_sage.prepare import KEY_BLOCK, MAXIMUM_LAG, QUERY_TILE, QuantisedTensors
+from attnmux_sage.prepare import KEY_BLOCK, QUERY_TILE, QuantisedTensors
 from attnmux_sage.reference import P_SHIFT
 
 LN_2 = 0.6931471805599453
@@ -25,8 +25,8 @@ def _sage_fwd_kernel(
     stride_v_b, stride_v_s, stride_v_h, stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
     len_q, len_k, rows_q, blocks_k, heads, group, tiles,
     D: tl.constexpr, D_PAD: tl.constexpr, FP8: tl.constexpr, CAUSAL: tl.constexpr, LISTS: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_Q: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SHIFT: tl.constexpr, LAG: tl.constexpr,
-    LSE: tl.constexpr, LN2: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_Q: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SHIFT: tl.constexpr, LSE: tl.constexpr,
+    LN2: tl.constexpr,
 ):
     pid = tl.program_id(0)
     bh = pid // tiles
@@ -69,8 +69,7 @@ def _sage_fwd_kernel(
         if CAUSAL:
             visible = visible & (key[None, :] <= offs_m[:, None] + (len_k - len_q))
         s = tl.where(visible, s, float("-inf"))
-        largest = tl.max(s, 1)
-        m_new = tl.where(largest > m + LAG, largest, m)
+        m_new = tl.maximum(m, tl.max(s, 1))
         alpha = tl.exp2(m - m_new)
         p = tl.exp2(s - (m_new - SHIFT)[:, None])
         l = l * alpha + tl.sum(p, 1)
@@ -127,5 +126,5 @@ def launch_triton_forward(
         *v.stride()[:3], *strides, len_q, v.shape[1], quantised.q8.shape[2], blocks_k, heads, heads // heads_k, tiles,
         D=head_dim, D_PAD=quantised.q8.shape[3], FP8=fp8, CAUSAL=causal, LISTS=blocks is not None,
         TILE_M=config.tile_m, TILE_Q=QUERY_TILE, BLOCK=KEY_BLOCK, STAGES=config.stages, SHIFT=P_SHIFT if fp8 else 0.0,
-        LAG=MAXIMUM_LAG, LSE=lse is not None, LN2=LN_2, num_warps=config.warps,
+        LSE=lse is not None, LN2=LN_2, num_warps=config.warps,
     )

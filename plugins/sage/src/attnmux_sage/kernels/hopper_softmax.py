@@ -24,8 +24,7 @@ def _by_thread(x):
 
 
 @gluon.jit
-def softmax(s, q_scale, scale_a, scale_b, m, l, valid_a, valid_b, FIRST: gl.constexpr, SHIFT: gl.constexpr,
-             LAG: gl.constexpr):
+def softmax(s, q_scale, scale_a, scale_b, m, l, valid_a, valid_b, FIRST: gl.constexpr, SHIFT: gl.constexpr):
     """int32 scores of 128 keys -> weights times 2 ** SHIFT, new maximum, factor for what came before, new partial sums.
 
     q_scale: of the rows. scale_a, scale_b: of the two key blocks. The maxima are those of the integers, which are exact and
@@ -58,7 +57,7 @@ def softmax(s, q_scale, scale_a, scale_b, m, l, valid_a, valid_b, FIRST: gl.cons
         # The floor keeps a fully masked row at weights of 0 instead of NaN.
         m_new = gl.maximum(m_new, -1e30)
     else:
-        m_new = gl.where(m_new > m + LAG, m_new, m)
+        m_new = gl.maximum(m, m_new)
     q_half = gl.convert_layout(q_scale, RH)
     scale0 = q_half * scale_a
     scale1 = q_half * scale_b
@@ -121,27 +120,25 @@ def ready(p, never, LAYOUT: gl.constexpr, FP8: gl.constexpr):
         return p
 
 
-# x *= factor for a thread's registers of two rows, skipped where no row of the warp has another factor than 1.
-def _rescale_asm(registers: int):
+def _rescaling(registers: int):
+    """Assembly and its operands: a thread's registers of two rows times their factors, if one in its warp is not 1."""
     factors = (2 * registers, 2 * registers + 2)
     products = " ".join(f"mul.f32 ${i}, ${i}, ${factors[i % 4 // 2]};" for i in range(registers))
-    return gl.constexpr(
-        f"{{ .reg .pred p; setp.neu.f32 p, ${factors[0]}, 0f3F800000; setp.neu.or.f32 p, ${factors[1]}, 0f3F800000, p; "
-        f"vote.sync.any.pred p, p, 0xffffffff; @!p bra SKIP; {products} SKIP: }}"
-    ), gl.constexpr(",".join(["=f"] * registers + [str(i) for i in range(registers)] + ["f"] * registers))
+    text = (f"{{ .reg .pred p; setp.neu.f32 p, ${factors[0]}, 0f3F800000; setp.neu.or.f32 p, ${factors[1]}, 0f3F800000, p; "
+            f"vote.sync.any.pred p, p, 0xffffffff; @!p bra DONE; {products} DONE: }}")
+    operands = ",".join(["=f"] * registers + [str(i) for i in range(registers)] + ["f"] * registers)
+    return gl.constexpr(text), gl.constexpr(operands)
 
 
-RESCALE_64, RESCALE_64_ARGS = _rescale_asm(64)
-RESCALE_32, RESCALE_32_ARGS = _rescale_asm(32)
+RESCALING_64, OPERANDS_64 = _rescaling(64)
+RESCALING_32, OPERANDS_32 = _rescaling(32)
 
 
 @gluon.jit
-def rescale(x, factor, D: gl.constexpr, SKIP: gl.constexpr):
-    if SKIP:
-        x, factor = gl.broadcast(x, factor[:, None])
-        if D == 128:
-            return gl.inline_asm_elementwise(RESCALE_64, RESCALE_64_ARGS, [x, factor], dtype=gl.float32, is_pure=False, pack=64)
-        else:
-            return gl.inline_asm_elementwise(RESCALE_32, RESCALE_32_ARGS, [x, factor], dtype=gl.float32, is_pure=False, pack=32)
+def rescale(x, factor, D: gl.constexpr):
+    """Return x [64, D] times the factors of its rows; a warp whose 16 rows all have 1 skips it, as most do once maxima stand."""
+    x, factor = gl.broadcast(x, factor[:, None])
+    if D == 128:
+        return gl.inline_asm_elementwise(RESCALING_64, OPERANDS_64, [x, factor], dtype=gl.float32, is_pure=False, pack=64)
     else:
-        return x * factor[:, None]
+        return gl.inline_asm_elementwise(RESCALING_32, OPERANDS_32, [x, factor], dtype=gl.float32, is_pure=False, pack=32)

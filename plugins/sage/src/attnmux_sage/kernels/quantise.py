@@ -388,5 +388,5 @@ def _launch_write(q, k, v, mean, v_mean, v_scale, pooled_q, softmax_scale: float
     if v8 is None:
         return QuantisedTensors(q8, q_scale, k8, k_scale, None, None, None, shift)
     v_rest = torch.empty_like(v_scale)
-    _sage_rest_kernel[(batch * heads_k,)](part, v_mean, v_rest, len_k, parts, D_PAD=d_pad, PARTS=32)
+    _sage_rest_kernel[(batch * heads_k,)](part, v_mean, v_rest, len_k, parts, D_PAD=d_pad, PARTS=64, num_warps=8)
     return QuantisedTensors(q8, q_scale, k8, k_scale, v8, v_scale, v_rest, shift)

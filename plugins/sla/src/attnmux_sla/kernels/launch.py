@@ -83,16 +83,15 @@ def summarize_keys(k: torch.Tensor, v: torch.Tensor, block_k: int, feature_map: 
     part = torch.empty(pairs, n_splits, d_pad, d_pad, device=k.device, dtype=torch.float32)
     part_mass = torch.empty(pairs, n_splits, d_pad, device=k.device, dtype=torch.float32)
     part_range = torch.empty(pairs, n_splits, 2, d_pad, device=k.device, dtype=torch.float32) if needs_range else None
-    # The range takes registers, which smaller tiles give back.
-    tile = min(block_k, config.tile // 2 if needs_range else config.tile)
     # A stage holds a whole block of k and of v in shared memory.
     stages = max(1, config.stages * 64 // block_k)
     with torch.cuda.device_of(k):
         linear._sla_summarize_kernel[(pairs * n_splits,)](
             k, v, pooled, part, part_mass, part_mass if part_range is None else part_range, *k.stride()[:3], *v.stride()[:3],
             heads, pairs, length, n_blocks, n_splits, blocks_per_split,
-            BLOCK=block_k, TILE=tile, D=head_dim, D_PAD=d_pad, FEATURE_MAP=feature_map,
-            PHI_SCALE=SOFTMAX_SCALE if feature_map == "softmax" else 1, RANGE=needs_range, STAGES=stages, num_warps=config.warps)
+            BLOCK=block_k, TILE=min(block_k, config.tile), D=head_dim, D_PAD=d_pad, FEATURE_MAP=feature_map,
+            PHI_SCALE=SOFTMAX_SCALE if feature_map == "softmax" else 1, RANGE=needs_range, STAGES=stages, num_warps=config.warps,
+            maxnreg=config.registers)
         state, mass, extremes = _reduce(part, part_mass, pairs, head_dim, part_range)
     shape = (batch, heads, 2, head_dim) if needs_range else (0, 2, head_dim)
     return pooled, state.view(batch, heads, head_dim, head_dim), mass.view(batch, heads, head_dim), extremes.view(shape)
