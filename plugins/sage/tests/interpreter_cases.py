@@ -21,7 +21,7 @@ from sage_scenarios import (
 )
 from triton.runtime import interpreter
 
-from attnmux_sage import prepare, reference
+from attnmux_sage import kernels, prepare, reference
 from attnmux_sage.kernels.configs import TritonConfig
 from attnmux_sage.kernels.forward import launch_triton_forward
 from attnmux_sage.kernels.quantise import launch_list_scales, launch_quantise
@@ -89,6 +89,18 @@ def test_quantisation_writes_what_the_emulation_writes(name, pv):
     found = launch_quantise(q, k, v, **options)
     assert all(map(torch.equal, before, (q, k, v)))
     assert_same_tensors(found, prepare.quantise(q, k, v, **options))
+
+
+@pytest.mark.parametrize("step", [2, 3, 50])
+def test_a_sample_of_the_keys_gives_their_mean(monkeypatch, step):
+    for module in (prepare, kernels.quantise):
+        monkeypatch.setattr(module, "sample_step", lambda length: step)
+    q, k, v = make_tensors(CASES["many_blocks"])
+    options = {"softmax_scale": 0.11, "fp8_values": True}
+    wanted = prepare.quantise(q, k, v, **options)
+    assert_same_tensors(launch_quantise(q, k, v, **options), wanted)
+    monkeypatch.setattr(prepare, "sample_step", lambda length: 1)
+    assert not torch.equal(prepare.quantise(q, k, v, **options).k8, wanted.k8)
 
 
 @pytest.mark.parametrize("pv", ["fp8", "bf16"])

@@ -18,6 +18,9 @@ QUERY_TILE = 128
 KEY_BLOCK = 64
 """Keys that share one scale of K, and one transposed tile of V."""
 
+SAMPLE_ROWS = 16
+"""Keys lie in groups of this many, of which some give the mean that all are rid of (`sample_step`)."""
+
 # Below these sizes a tensor counts as zero. They keep every product of two scales a normal float32, so that a score of -inf
 # stays -inf; V needs only that 448 / maximum is finite.
 SCORE_FLOOR = 1e-12
@@ -31,14 +34,14 @@ class QuantisedTensors:
 
     q8: int8 [B, H, S_q', D'], S_q' = S_q rounded up to 128; rows beyond S_q are zero.
     q_scale: float32 [B, H, S_q'], one for each row, |softmax_scale| * log2(e) / D' included (the sign is in q8).
-    k8: int8 [B, H_kv, N_k * 64, D'], keys minus their mean over the sequence; keys beyond S_k are zero.
+    k8: int8 [B, H_kv, N_k * 64, D'], keys minus their mean over a sample of the sequence; keys beyond S_k are zero.
     k_scale: float32 [B, H_kv, N_k], one for 64 keys.
     v8: float8_e4m3fn [B, H_kv, N_k, D', 64]: values minus their mean over the sequence, each block of 64 keys transposed, its
         keys in the order of `key_order`; keys beyond S_k are zero. None where P V is computed in the type of v.
     v_scale: float32 [B, H_kv, D'], one for each channel; None with v8.
     v_rest: float32 [B, H_kv, D'], the mean over the sequence of v - v_scale * v8, which the weights of a row, whose sum is 1,
         hand to every output; None with v8.
-    lse_shift: float32 [B, H, S_q]: softmax_scale * q . mean(K), what smoothing took off every score of a row; None where no
+    lse_shift: float32 [B, H, S_q]: softmax_scale * q . mean, what smoothing took off every score of a row; None where no
         log-sum-exp is wanted.
 
     All are contiguous.
@@ -57,6 +60,14 @@ class QuantisedTensors:
 def padded_head(head_dim: int) -> int:
     """D': 64 or 128."""
     return 64 if head_dim <= 64 else 128
+
+
+def sample_step(len_k: int) -> int:
+    """Every how many-th group of `SAMPLE_ROWS` keys is in the sample, from the first on: about 4,096 keys are, or all.
+
+    Any vector may be taken off all keys, as softmax does not see it; a mean over so many is as good as that over all.
+    """
+    return max(1, len_k // 4096)
 
 
 def key_order(device: torch.device) -> torch.Tensor:
@@ -104,7 +115,8 @@ def quantise(
     pad = torch.nn.functional.pad
     rotation = hadamard(d_pad, q.device)
     q_, k_ = (pad(x.double().transpose(1, 2), (0, extra_d)) @ rotation for x in (q, k))
-    mean = k_.mean(2, keepdim=True).float()
+    is_sampled = torch.arange(len_k, device=k.device) // SAMPLE_ROWS % sample_step(len_k) == 0
+    mean = k_[:, :, is_sampled].mean(2, keepdim=True).float()
     q_, k_ = q_.float(), k_.float() - mean
     group = q.shape[2] // k.shape[2]
     lse_shift = (q_ * mean.repeat_interleave(group, 1)).sum(-1) * (softmax_scale / d_pad)

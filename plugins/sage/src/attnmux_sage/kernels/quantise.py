@@ -18,11 +18,13 @@ from attnmux_sage.prepare import (
     KEY_BLOCK,
     LOG2_E,
     QUERY_TILE,
+    SAMPLE_ROWS,
     SCALE_FLOOR,
     SCORE_FLOOR,
     VALUE_FLOOR,
     QuantisedTensors,
     padded_head,
+    sample_step,
 )
 
 SPLITS = 32
@@ -38,12 +40,13 @@ def _load_rows(ptr, rows, end, stride_s, D: tl.constexpr, D_PAD: tl.constexpr):
     return tl.load(ptr + rows.to(tl.int64)[:, None] * stride_s + offs_d[None, :], mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["len_k", "heads_k", "chunk"])
+@triton.jit(do_not_specialize=["len_k", "heads_k", "chunk", "step"])
 def _sage_stats_kernel(
     k_ptr, v_ptr, stats_ptr, stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
-    len_k, heads_k, chunk, SPLITS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, FP8: tl.constexpr,
+    len_k, heads_k, chunk, step,
+    SPLITS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, FP8: tl.constexpr,
 ):
-    """Per channel, over one chunk of keys: the sums of K and of V, the largest and the least V. [4, B * H_kv, SPLITS, D_PAD]."""
+    """Per channel, over one chunk of keys: sums of sampled K and of V, the largest and the least V. [4, B * H_kv, SPLITS, D_PAD]."""
     part = tl.program_id(0)
     bh = tl.program_id(1)
     batch = (bh // heads_k).to(tl.int64)
@@ -52,13 +55,16 @@ def _sage_stats_kernel(
     v_head = v_ptr + batch * stride_v_b + head * stride_v_h
     offs_r = tl.arange(0, ROWS)
     total = tl.zeros([ROWS, D_PAD], tl.float32)
+    end = tl.minimum(part * chunk + chunk, len_k)
+    # Chunks are whole groups.
+    first = tl.cdiv(part * (chunk // ROWS), step) * step * ROWS
+    for start in tl.range(first, end, step * ROWS, num_stages=4):
+        total += _load_rows(k_head, start + offs_r, end, stride_k_s, D, D_PAD).to(tl.float32)
     total_v = tl.zeros([ROWS, D_PAD], tl.float32)
     highest = tl.full([ROWS, D_PAD], float("-inf"), tl.float32)
     lowest = tl.full([ROWS, D_PAD], float("inf"), tl.float32)
-    end = tl.minimum(part * chunk + chunk, len_k)
-    for start in tl.range(part * chunk, end, ROWS, num_stages=4):
-        total += _load_rows(k_head, start + offs_r, end, stride_k_s, D, D_PAD).to(tl.float32)
-        if FP8:
+    if FP8:
+        for start in tl.range(part * chunk, end, ROWS, num_stages=4):
             v = _load_rows(v_head, start + offs_r, end, stride_v_s, D, D_PAD).to(tl.float32)
             is_row = (start + offs_r < end)[:, None]
             total_v += v
@@ -83,17 +89,17 @@ def _hadamard(D_PAD: tl.constexpr):
     return tl.where(((0x6996 >> (common & 15)) & 1) != 0, -1.0, 1.0)
 
 
-@triton.jit(do_not_specialize=["len_k"])
+@triton.jit(do_not_specialize=["len_k", "sampled"])
 def _sage_fold_kernel(
-    stats_ptr, mean_ptr, v_mean_ptr, v_scale_ptr, len_k,
+    stats_ptr, mean_ptr, v_mean_ptr, v_scale_ptr, len_k, sampled,
     SPLITS: tl.constexpr, D_PAD: tl.constexpr, FP8: tl.constexpr, FLOOR: tl.constexpr, E4M3: tl.constexpr,
 ):
-    """Rotated mean of K, mean and scale of V per channel, from the partial results of one head."""
+    """Rotated mean of the sampled K, mean and scale of V per channel, from the partial results of one head."""
     bh = tl.program_id(0)
     offs_d = tl.arange(0, D_PAD)
     at = (bh * SPLITS + tl.arange(0, SPLITS))[:, None] * D_PAD + offs_d[None, :]
     size = tl.num_programs(0) * SPLITS * D_PAD
-    mean = tl.sum(tl.load(stats_ptr + at), 0) / len_k
+    mean = tl.sum(tl.load(stats_ptr + at), 0) / sampled
     # The matrix is symmetric: a sum over its columns.
     tl.store(mean_ptr + bh * D_PAD + offs_d, tl.sum(_hadamard(D_PAD) * mean[None, :], 1))
     if FP8:
@@ -323,16 +329,19 @@ def launch_quantise(
 ) -> QuantisedTensors:
     """Quantise q [B, S_q, H, D] and k, v [B, S_k, H_kv, D], any strides with D contiguous; see `prepare.quantise`."""
     batch, len_k, heads_k, head_dim = k.shape
-    d_pad, rows = padded_head(head_dim), 16
+    d_pad, step = padded_head(head_dim), sample_step(len_k)
+    groups = triton.cdiv(len_k, SAMPLE_ROWS)
+    last = (groups - 1) // step * step
+    sampled = last // step * SAMPLE_ROWS + min(SAMPLE_ROWS, len_k - last * SAMPLE_ROWS)
     stats = torch.empty(4 if fp8_values else 1, batch * heads_k, SPLITS, d_pad, device=k.device, dtype=torch.float32)
     mean, v_mean, v_scale = torch.empty(3, batch, heads_k, d_pad, device=k.device, dtype=torch.float32).unbind()
-    chunk = triton.cdiv(triton.cdiv(len_k, SPLITS), rows) * rows
+    chunk = triton.cdiv(groups, SPLITS) * SAMPLE_ROWS
     _sage_stats_kernel[(SPLITS, batch * heads_k)](
-        k, v, stats, *k.stride()[:3], *v.stride()[:3], len_k, heads_k, chunk,
-        SPLITS=SPLITS, D=head_dim, D_PAD=d_pad, ROWS=rows, FP8=fp8_values,
+        k, v, stats, *k.stride()[:3], *v.stride()[:3], len_k, heads_k, chunk, step,
+        SPLITS=SPLITS, D=head_dim, D_PAD=d_pad, ROWS=SAMPLE_ROWS, FP8=fp8_values,
     )
     _sage_fold_kernel[(batch * heads_k,)](
-        stats, mean, v_mean, v_scale, len_k, SPLITS=SPLITS, D_PAD=d_pad, FP8=fp8_values, FLOOR=VALUE_FLOOR, E4M3=E4M3_MAX,
+        stats, mean, v_mean, v_scale, len_k, sampled, SPLITS=SPLITS, D_PAD=d_pad, FP8=fp8_values, FLOOR=VALUE_FLOOR, E4M3=E4M3_MAX,
     )
     return _launch_write(q, k, v, mean, v_mean, v_scale, None, softmax_scale, fp8_values, config)
 
