@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,10 +46,11 @@ class QuantisedBranch(SparseBranch):
         """Quantise, and return the means of every 128 rows of q, `[B, H, N_q, D]`, float32."""
         check_inputs(q, k, v)
         assert block_q == QUERY_TILE
-        pooled_q, *self._tensors = torch.ops.attnmux_sage.quantise_pooling(
+        tensors: list[torch.Tensor] = torch.ops.attnmux_sage.quantise_pooling(
             q, k, v, keys.pooled_k, keys.state, keys.range_v, softmax_scale, self.pv or "", self.engine or ""
         )
-        return pooled_q
+        self._tensors = tensors[1:]
+        return tensors[0]
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: BlockIndex, softmax_scale: float
@@ -146,8 +148,10 @@ def _attend_quantised_op(
     len_q: int,
     engine: str,
 ) -> torch.Tensor:
-    values = (v8.view(torch.float8_e4m3fn), v_scale, v_rest) if v8.numel() else (None, None, None)
-    quantised = QuantisedTensors(q8, q_scale, k8, k_scale, *values, None)
+    quantised = QuantisedTensors(q8, q_scale, k8, k_scale, None, None, None, None)
+    if v8.numel():
+        values = v8.view(torch.float8_e4m3fn)
+        quantised = dataclasses.replace(quantised, v8=values, v_scale=v_scale, v_rest=v_rest)
     # Of q only the type is asked for, which is that of v.
     chosen = choose_engine(engine, KernelRequest(v, v, v, "fp8" if v8.numel() else "bf16", has_lists=True))
     if chosen == "reference":

@@ -57,9 +57,9 @@ def sage_attention(
             gradient; an engine that cannot serve the call.
 
     Numerics:
-        Q with one INT8 scale per row, K minus its mean over the sequence with one per 64 keys, V with one e4m3 scale per
-        channel; scores, softmax and sums in float32, each 128 keys of P V in an accumulator of their own. Same input, same
-        bits. README.md has the measured accuracy.
+        Q with one INT8 scale per row, K minus its mean over a sample of keys with one per 64 keys, V minus its mean with one
+        e4m3 scale per channel; scores, softmax and sums in float32, P V of 64 to 256 keys in an accumulator of their own. Same
+        input, same bits. README.md has the measured accuracy.
 
     Source:
         SageAttention (arXiv 2410.02367) and SageAttention2 (arXiv 2411.10958); README.md says where this differs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ import torch
 LOG2_E = 1.4426950408889634
 INT8_MAX = 127.0
 E4M3_MAX = 448.0
+P_SHIFT = math.log2(E4M3_MAX)
+"""Weights are computed times 2 ** P_SHIFT for the e4m3 product: the largest becomes the largest e4m3."""
 
 HEAD_SIZES = range(16, 129, 8)
 """Head sizes that are served, padded with zeros to 64 or 128 where the tensors are quantised."""

@@ -7,10 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from attnmux_sage.prepare import E4M3_MAX, KEY_BLOCK, QUERY_TILE, QuantisedTensors, dequantise_values
-
-P_SHIFT = math.log2(E4M3_MAX)
-"""Weights are computed times 2 ** P_SHIFT for the e4m3 product: the largest becomes the largest e4m3."""
+from attnmux_sage.prepare import E4M3_MAX, KEY_BLOCK, P_SHIFT, QUERY_TILE, QuantisedTensors, dequantise_values
 
 # Rows of all heads whose scores against one step stay in a processor's cache.
 _ROWS_AT_ONCE = 8192

@@ -12,8 +12,7 @@ import triton.language as tl
 
 from attnmux_blocksparse.kernels.arguments import broadcast_strides
 from attnmux_sage.kernels.configs import triton_config
-from attnmux_sage.prepare import KEY_BLOCK, QUERY_TILE, QuantisedTensors
-from attnmux_sage.reference import P_SHIFT
+from attnmux_sage.prepare import KEY_BLOCK, P_SHIFT, QUERY_TILE, QuantisedTensors
 
 LN_2 = 0.6931471805599453
 

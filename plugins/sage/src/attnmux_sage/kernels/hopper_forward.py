@@ -33,8 +33,7 @@ from attnmux_blocksparse.kernels.arguments import broadcast_strides
 from attnmux_sage.kernels.configs import HopperConfig, hopper_config
 from attnmux_sage.kernels.hopper_softmax import pack, ready, rescale, softmax, unpack
 from attnmux_sage.kernels.quantise import launch_list_scales
-from attnmux_sage.prepare import QuantisedTensors
-from attnmux_sage.reference import P_SHIFT
+from attnmux_sage.prepare import P_SHIFT, QuantisedTensors
 
 # The consumers' registers; the launch gives every thread 168, and the producer gives its own up.
 CONSUMER_REGISTERS = 240

@@ -46,7 +46,7 @@ def _sage_stats_kernel(
     len_k, heads_k, chunk, step,
     SPLITS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, FP8: tl.constexpr,
 ):
-    """Per channel, over one chunk of keys: sums of sampled K and of V, the largest and the least V. [4, B * H_kv, SPLITS, D_PAD]."""
+    """Per channel, over one chunk: sums of sampled K and of V, the largest and the least V, [4, B * H_kv, SPLITS, D_PAD]."""
     part = tl.program_id(0)
     bh = tl.program_id(1)
     batch = (bh // heads_k).to(tl.int64)
