@@ -1,7 +1,7 @@
 """SLA's linear branch at the end of a tile of the Hopper kernel: one more product, of the shares of the features and the state.
 
-What it computes is that of `attnmux_sla`: a query takes the share c = phi(q) z / (phi(q) . z + eps) of every feature, and the branch
-is c N, with N the folded state and z the mass of the head.
+It is that of `attnmux_sla`: a query takes the share c = phi(q) z / (phi(q) . z + eps) of every feature, and the branch is c N,
+with N the folded state and z the mass of the head.
 """
 
 # Arguments of kernels stand in groups (pointers, strides, sizes, constants), not one a line.

@@ -143,11 +143,11 @@ def _sla_reduce_kernel(
         if tl.program_id(1) == 0:
             highest = tl.full([D_PAD], float("-inf"), tl.float32)
             lowest = tl.full([D_PAD], float("inf"), tl.float32)
-            for start in range(0, n_parts, PARTS):
-                is_part = (start + offs_p < n_parts)[:, None]
-                at = (pair * n_parts + start + offs_p)[:, None] * 2 * D_PAD + offs_d[None, :]
-                highest = tl.maximum(highest, tl.max(tl.load(part_range_ptr + at, mask=is_part, other=float("-inf")), 0))
-                lowest = tl.minimum(lowest, tl.min(tl.load(part_range_ptr + at + D_PAD, mask=is_part, other=float("inf")), 0))
+            for begin in range(0, n_parts, PARTS):
+                is_in = (begin + offs_p < n_parts)[:, None]
+                of_part = part_range_ptr + (pair * n_parts + begin + offs_p)[:, None] * 2 * D_PAD + offs_d[None, :]
+                highest = tl.maximum(highest, tl.max(tl.load(of_part, mask=is_in, other=float("-inf")), 0))
+                lowest = tl.minimum(lowest, tl.min(tl.load(of_part + D_PAD, mask=is_in, other=float("inf")), 0))
             tl.store(range_ptr + pair * 2 * D + offs_d, highest, mask=offs_d < D)
             tl.store(range_ptr + (pair * 2 + 1) * D + offs_d, lowest, mask=offs_d < D)
 
