@@ -29,7 +29,7 @@ def quantise_pooling(q, k, v, pooled_k, state, range_v, *, softmax_scale: float,
         )
 
 
-def prepare_linear(q, state, mass, weight, bias):
+def prepare_linear(q: torch.Tensor, state, mass, weight, bias):
     """SLA's linear branch as the Hopper engine takes it, or None if it cannot: other head sizes, or a q that TMA cannot read."""
     if q.shape[3] not in (64, 128) or tma_reason("q", q):
         return None
