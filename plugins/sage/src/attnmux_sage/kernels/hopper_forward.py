@@ -32,7 +32,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from attnmux_blocksparse.kernels.arguments import broadcast_strides
 from attnmux_sage.kernels.configs import HopperConfig, hopper_config
 from attnmux_sage.kernels.hopper_linear import LinearBranch, add_linear_branch, load_linear
-from attnmux_sage.kernels.hopper_softmax import pack, ready, rescale, softmax, unpack
+from attnmux_sage.kernels.hopper_softmax import pack, ready, rescale, softmax
 from attnmux_sage.kernels.quantise import launch_list_scales
 from attnmux_sage.prepare import P_SHIFT, QuantisedTensors
 
@@ -170,10 +170,8 @@ def _first_valid(entries, n, odd, blocks_k, tail, LISTS: gl.constexpr):
 
 
 @gluon.jit
-def _scores(q, k_ring, ks, zero, LAYOUT: gl.constexpr, QREG: gl.constexpr):
+def _scores(q, k_ring, ks, zero):
     """Q K^T of one stage, int32, not waited for."""
-    if QREG:
-        q = unpack(q, LAYOUT, gl.int8)
     return warpgroup_mma(q, k_ring.index(ks).permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
@@ -222,21 +220,15 @@ def _consumer(
     q_full, q_empty, k_full, k_empty, v_full, v_empty, x_full, x_empty,
     stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
     n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
-    D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, QREG: gl.constexpr, FP8: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, FP8: gl.constexpr,
     LISTS: gl.constexpr, SHIFT: gl.constexpr, LSE: gl.constexpr, LINEAR: gl.constexpr, BIAS: gl.constexpr, WG: gl.constexpr,
 ):
     DTYPE: gl.constexpr = o_desc.dtype
     SL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     OL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32 if FP8 else 16])
     PL: gl.constexpr = gl.DotOperandLayout(0, OL, 4 if FP8 else 2)
-    QL: gl.constexpr = gl.DotOperandLayout(0, SL, 4)
-    QI: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 8]), 1)
     RS: gl.constexpr = gl.SliceLayout(1, SL)
     RO: gl.constexpr = gl.SliceLayout(1, OL)
-    if QREG:
-        q_ring = q_buf._reinterpret(gl.int32, [QBUF * 2, 64, D // 4], gl.NVMMASharedLayout(D, 32, 2))
-    else:
-        q_ring = q_buf
     k_ring = k_buf._reinterpret(gl.int8, [STAGES, 128, D], gl.NVMMASharedLayout(D, 8, 2))
     if FP8:
         v_ring = v_buf._reinterpret(gl.float8e4nv, [STAGES, D, 128], gl.NVMMASharedLayout(64, 8, 2))
@@ -272,17 +264,12 @@ def _consumer(
     scale_a = gl.load(scales + _from_end(0, n))
     scale_b = gl.load(scales + _from_end(1 - odd, n))
     mbarrier.wait(q_full.index(qs), qph)
-    if QREG:
-        q = q_ring.index(qs * 2 + WG).load(QI)
-        mbarrier.arrive(q_empty.index(qs))
-    else:
-        q = q_ring.index(qs * 2 + WG)
+    q = q_buf.index(qs * 2 + WG)
     mbarrier.wait(k_full.index(ks), kph)
-    s = warpgroup_mma_wait(0, deps=[_scores(q, k_ring, ks, zero, QL, QREG)])
+    s = warpgroup_mma_wait(0, deps=[_scores(q, k_ring, ks, zero)])
     mbarrier.arrive(k_empty.index(ks))
-    if not QREG:
-        if QBUF == 1:
-            mbarrier.arrive(q_empty.index(qs), pred=stages == 1)
+    if QBUF == 1:
+        mbarrier.arrive(q_empty.index(qs), pred=stages == 1)
     ks += 1
     if ks == STAGES:
         ks = 0
@@ -314,20 +301,18 @@ def _consumer(
         o = gl.zeros([64, D], gl.float32, OL)
         acc = gl.zeros([64, D], gl.float32, OL)
         beta = alpha
-        if not QREG:
-            q = q_ring.index(qs * 2 + WG)
+        q = q_buf.index(qs * 2 + WG)
 
         for j in range(1, stages):
             pu = ready(pb, never, PL, FP8)
-            s_acc = _scores(q, k_ring, ks, zero, QL, QREG)
+            s_acc = _scores(q, k_ring, ks, zero)
             o, acc, beta = _make_room(o, acc, alpha, beta, j, D, FP8)
             mbarrier.wait(v_full.index(vs), vph)
             acc = _weigh(pu, v_ring, vs, acc, j, FP8)
             s = warpgroup_mma_wait(1, deps=[s_acc])
             mbarrier.arrive(k_empty.index(ks))
-            if not QREG:
-                if QBUF == 1:
-                    mbarrier.arrive(q_empty.index(qs), pred=j + 1 == stages)
+            if QBUF == 1:
+                mbarrier.arrive(q_empty.index(qs), pred=j + 1 == stages)
             ks += 1
             if ks == STAGES:
                 ks = 0
@@ -352,9 +337,8 @@ def _consumer(
             alpha = alpha_new
 
         # The last P V of this tile overlaps the first softmax of the next.
-        if not QREG:
-            if QBUF > 1:
-                mbarrier.arrive(q_empty.index(qs))
+        if QBUF > 1:
+            mbarrier.arrive(q_empty.index(qs))
         qs += 1
         if qs == QBUF:
             qs = 0
@@ -368,21 +352,16 @@ def _consumer(
         pu = ready(pb, never, PL, FP8)
         if more:
             mbarrier.wait(q_full.index(qs), qph)
-            if QREG:
-                q = q_ring.index(qs * 2 + WG).load(QI)
-                mbarrier.arrive(q_empty.index(qs))
-            else:
-                q = q_ring.index(qs * 2 + WG)
+            q = q_buf.index(qs * 2 + WG)
             mbarrier.wait(k_full.index(ks), kph)
-            s_acc = _scores(q, k_ring, ks, zero, QL, QREG)
+            s_acc = _scores(q, k_ring, ks, zero)
             o, acc, beta = _make_room(o, acc, alpha, beta, stages, D, FP8)
             mbarrier.wait(v_full.index(vs), vph)
             acc = _weigh(pu, v_ring, vs, acc, stages, FP8)
             s = warpgroup_mma_wait(1, deps=[s_acc])
             mbarrier.arrive(k_empty.index(ks))
-            if not QREG:
-                if QBUF == 1:
-                    mbarrier.arrive(q_empty.index(qs), pred=next_stages == 1)
+            if QBUF == 1:
+                mbarrier.arrive(q_empty.index(qs), pred=next_stages == 1)
             ks += 1
             if ks == STAGES:
                 ks = 0
@@ -440,7 +419,7 @@ def _sage_hopper_fwd_kernel(
     list_ptr, count_ptr, mass_ptr, bias_ptr,
     stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
     n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
-    D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, QREG: gl.constexpr, FP8: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, FP8: gl.constexpr,
     LISTS: gl.constexpr, SHIFT: gl.constexpr, LSE: gl.constexpr, LINEAR: gl.constexpr, BIAS: gl.constexpr, CREGS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -484,13 +463,13 @@ def _sage_hopper_fwd_kernel(
                      q_full, q_empty, k_full, k_empty, v_full, v_empty, x_full, x_empty,
                      stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
                      n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
-                     D, STAGES, QBUF, QREG, FP8, LISTS, SHIFT, LSE, LINEAR, BIAS, 0)),
+                     D, STAGES, QBUF, FP8, LISTS, SHIFT, LSE, LINEAR, BIAS, 0)),
         (_consumer, (o_desc, v_scale_ptr, v_rest_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
                      mass_ptr, bias_ptr, q_buf, k_buf, v_buf, o_buf, x_buf, state_buf,
                      q_full, q_empty, k_full, k_empty, v_full, v_empty, x_full, x_empty,
                      stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
                      n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
-                     D, STAGES, QBUF, QREG, FP8, LISTS, SHIFT, LSE, LINEAR, BIAS, 1)),
+                     D, STAGES, QBUF, FP8, LISTS, SHIFT, LSE, LINEAR, BIAS, 1)),
         (_producer, (q_desc, k_desc, v_desc, x_desc, state_desc, list_ptr, count_ptr, q_buf, k_buf, v_buf, x_buf, state_buf,
                      q_full, q_empty, k_full, k_empty, v_full, v_empty, x_full, x_empty,
                      stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
@@ -549,7 +528,7 @@ def launch_hopper_forward(
         quantised.q_scale if blocks is None else blocks, quantised.q_scale if counts is None else counts,
         quantised.q_scale if linear is None else linear.mass, quantised.q_scale if bias is None else bias,
         *strides, n_tiles, tiles, heads, heads // heads_k, blocks_k, width, len_q, len_k - (blocks_k - 1) * 64,
-        D=d_pad, STAGES=config.stages, QBUF=config.query_buffers, QREG=config.query_registers,
+        D=d_pad, STAGES=config.stages, QBUF=config.query_buffers,
         FP8=fp8, LISTS=blocks is not None, SHIFT=P_SHIFT if fp8 else 0.0, LSE=lse is not None, LINEAR=linear is not None,
         BIAS=bias is not None, CREGS=CONSUMER_REGISTERS, num_warps=4,
     )

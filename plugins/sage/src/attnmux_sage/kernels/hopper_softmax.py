@@ -74,8 +74,8 @@ def softmax(s, q_scale, scale_a, scale_b, m, l, valid_a, valid_b, FIRST: gl.cons
 
 
 @gluon.jit
-def unpack(x, LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
-    """int32 [64, K / 4] -> 8-bit operand [64, K] in LAYOUT, the same registers.
+def _unpack(x, LAYOUT: gl.constexpr):
+    """int32 [64, K / 4] -> e4m3 operand [64, K] in LAYOUT, the same registers.
 
     8-bit tensors must not live across a loop or a branch: Triton hands every byte on in a register of its own (64 registers
     instead of 16), and warpgroup_mma_wait refuses them as dependencies. So they are carried as int32.
@@ -85,10 +85,7 @@ def unpack(x, LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
     high = (x >> 16).to(gl.int16)
     y = gl.join(gl.join(low.to(gl.int8), high.to(gl.int8)), gl.join((low >> 8).to(gl.int8), (high >> 8).to(gl.int8)))
     y = gl.convert_layout(y.reshape([x.shape[0], x.shape[1] * 4]), LAYOUT)
-    if DTYPE == gl.int8:
-        return y
-    else:
-        return y.to(DTYPE, bitcast=True)
+    return y.to(gl.float8e4nv, bitcast=True)
 
 
 @gluon.jit
@@ -115,7 +112,7 @@ def ready(p, never, LAYOUT: gl.constexpr, FP8: gl.constexpr):
     use (they are one loop variable, plain copies are seen through) and serialises every product (C7513).
     """
     if FP8:
-        return unpack(p ^ never, LAYOUT, gl.float8e4nv)
+        return _unpack(p ^ never, LAYOUT)
     else:
         return p
 
