@@ -120,30 +120,6 @@ def test_few_programs_walk_many_tiles(programs, is_listed, pv):
 
 
 @pytest.mark.parametrize("pv", ["fp8", "bf16"])
-@pytest.mark.parametrize("even_rows", [False, True])
-@pytest.mark.parametrize(
-    "name",
-    ["base", "one_token", "63x65", "cross", "grouped_heads", "head_size_64", "head_size_80", "packed", "float16"],
-)
-def test_the_linear_branch_at_the_end_of_a_tile_is_that_of_sla(name, even_rows, pv):
-    # the last list is empty
-    scenario = SCENARIOS[name].but(is_listed=True)
-    q, k, v = make_tensors(scenario, "cuda")
-    lists = make_lists(scenario, "cuda")
-    weight, bias = torch.randn(scenario.head_size, scenario.head_size, device="cuda"), torch.randn(scenario.head_size)
-    poison_the_allocator()
-    pooled_k, state, mass, range_v = torch.ops.attnmux_sla.summarize_keys(k, v, 64, "softmax", True, "")
-    _, *tensors = torch.ops.attnmux_sage.quantise_pooling(q, k, v, pooled_k, state, range_v, 0.11, pv, "hopper")
-    out, wanted = (
-        torch.ops.attnmux_sage.attend_both(
-            *tensors, q, v, *lists, even_rows, state, mass, weight, bias.cuda(), "hopper", linear_engine
-        ).float()
-        for linear_engine in ("", "reference")
-    )
-    assert (out - wanted).norm() / wanted.norm() < 4e-3
-
-
-@pytest.mark.parametrize("pv", ["fp8", "bf16"])
 @pytest.mark.parametrize("name", ACCURACY)
 def test_accuracy_is_that_of_the_goals(name, pv):
     # as the emulation on a CPU, on the same numbers

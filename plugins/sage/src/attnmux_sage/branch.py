@@ -56,31 +56,14 @@ class QuantisedBranch(SparseBranch):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: BlockIndex, softmax_scale: float
     ) -> torch.Tensor:
         """Return the attention over the chosen blocks, `[B, S_q, H, D]` in the dtype of q."""
-        out = sage_attention(q, k, v, softmax_scale=softmax_scale, index=index, pv=self.pv, engine=self.engine)
-        assert not isinstance(out, tuple)
-        return out
-
-    def attend_both(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        index: BlockIndex,
-        softmax_scale: float,
-        keys: KeySummary,
-        proj_weight: torch.Tensor | None,
-        proj_bias: torch.Tensor | None,
-        feature_map: str,
-        engine: str,
-    ) -> torch.Tensor:
-        """Return both branches; the Hopper engine adds the linear one at the end of its tiles."""
         if self._tensors is None:
-            return super().attend_both(q, k, v, index, softmax_scale, keys, proj_weight, proj_bias, feature_map, engine)
-        both: torch.Tensor = torch.ops.attnmux_sage.attend_both(
-            *self._tensors, q, v, index.blocks, index.counts, index.even_rows, keys.state, keys.mass, proj_weight, proj_bias,
-            self.engine or "", engine,
-        )  # fmt: skip
-        return both
+            out = sage_attention(q, k, v, softmax_scale=softmax_scale, index=index, pv=self.pv, engine=self.engine)
+            assert not isinstance(out, tuple)
+            return out
+        attended: torch.Tensor = torch.ops.attnmux_sage.attend_quantised(
+            *self._tensors, v, index.blocks, index.counts, index.even_rows, q.shape[1], self.engine or ""
+        )
+        return attended
 
 
 @torch.library.custom_op("attnmux_sage::quantise_pooling", mutates_args=())
@@ -149,8 +132,8 @@ def _(
     ]
 
 
-@torch.library.custom_op("attnmux_sage::attend_both", mutates_args=())
-def _attend_both_op(
+@torch.library.custom_op("attnmux_sage::attend_quantised", mutates_args=())
+def _attend_quantised_op(
     q8: torch.Tensor,
     q_scale: torch.Tensor,
     k8: torch.Tensor,
@@ -158,44 +141,31 @@ def _attend_both_op(
     v8: torch.Tensor,
     v_scale: torch.Tensor,
     v_rest: torch.Tensor,
-    q: torch.Tensor,
     v: torch.Tensor,
     blocks: torch.Tensor,
     counts: torch.Tensor,
     even_rows: bool,
-    state: torch.Tensor,
-    mass: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    len_q: int,
     engine: str,
-    linear_engine: str,
 ) -> torch.Tensor:
     quantised = QuantisedTensors(q8, q_scale, k8, k_scale, None, None, None, None)
     if v8.numel():
         values = v8.view(torch.float8_e4m3fn)
         quantised = dataclasses.replace(quantised, v8=values, v_scale=v_scale, v_rest=v_rest)
-    chosen = choose_engine(engine, KernelRequest(q, v, v, "fp8" if v8.numel() else "bf16", has_lists=True))
+    # Of q only the type is asked for, which is that of v.
+    chosen = choose_engine(engine, KernelRequest(v, v, v, "fp8" if v8.numel() else "bf16", has_lists=True))
     if chosen == "reference":
         with torch.autocast(v.device.type, enabled=False):
             step = keys_per_step(v.device, False)
-            out, _ = reference.attend(quantised, v, len_q=q.shape[1], blocks=blocks, counts=counts, keys_per_step=step)
-    else:
-        from attnmux_sage.kernels import launch
+            return reference.attend(quantised, v, len_q=len_q, blocks=blocks, counts=counts, keys_per_step=step)[0]
+    from attnmux_sage.kernels import launch
 
-        linear = None
-        if chosen == "hopper" and linear_engine != "reference":
-            linear = launch.prepare_linear(q, state, mass, weight, bias)
-        out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
-        launch.launch_attention(chosen, quantised, v, out, None, blocks, counts, even_rows=even_rows, linear=linear)
-        if linear is not None:
-            return out
-    both: torch.Tensor = torch.ops.attnmux_sla.add_linear_branch(
-        q, out, state, mass, weight, bias, "softmax", linear_engine
-    )
-    return both
+    out = torch.empty(v.shape[0], len_q, q8.shape[1], v.shape[3], device=v.device, dtype=v.dtype)
+    launch.launch_attention(chosen, quantised, v, out, None, blocks, counts, even_rows=even_rows)
+    return out
 
 
-@_attend_both_op.register_fake
+@_attend_quantised_op.register_fake
 def _(
     q8: torch.Tensor,
     q_scale: torch.Tensor,
@@ -204,16 +174,11 @@ def _(
     v8: torch.Tensor,
     v_scale: torch.Tensor,
     v_rest: torch.Tensor,
-    q: torch.Tensor,
     v: torch.Tensor,
     blocks: torch.Tensor,
     counts: torch.Tensor,
     even_rows: bool,
-    state: torch.Tensor,
-    mass: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    len_q: int,
     engine: str,
-    linear_engine: str,
 ) -> torch.Tensor:
-    return torch.empty(q.shape, device=q.device, dtype=q.dtype)
+    return torch.empty(v.shape[0], len_q, q8.shape[1], v.shape[3], device=v.device, dtype=v.dtype)

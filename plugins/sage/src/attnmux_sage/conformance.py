@@ -164,16 +164,14 @@ class SageSLAAttentionConformance(SLAAttentionConformance):
         """Return the operators of the quantised branch and the one that joins the branches, on small tensors."""
         dtype = torch.float32 if device.type == "cpu" else torch.float16
         q, k, v, sparse = (torch.randn(1, 150, 2, 32, device=device, dtype=dtype) for _ in range(4))
-        pooled_k, state, mass, range_v = torch.ops.attnmux_sla.summarize_keys(k, v, 64, "softmax", True, "")
-        weight, bias = torch.randn(32, 32, device=device), torch.randn(32, device=device)
+        pooled_k, state, _, range_v = torch.ops.attnmux_sla.summarize_keys(k, v, 64, "softmax", True, "")
         for pv in ("fp8", "bf16"):
             summary = (q, k, v, pooled_k, state, range_v, 0.2, pv, "")
             yield torch.ops.attnmux_sage.quantise_pooling.default, summary
             _, *tensors = torch.ops.attnmux_sage.quantise_pooling(*summary)
             blocks = torch.tensor([0, 2], dtype=torch.int32, device=device).expand(1, 2, 2, 2).contiguous()
             counts = torch.tensor([2, 1], dtype=torch.int32, device=device).expand(1, 2, 2).contiguous()
-            linear = (state, mass, weight, bias)
-            yield torch.ops.attnmux_sage.attend_both.default, (*tensors, q, v, blocks, counts, False, *linear, "", "")
+            yield torch.ops.attnmux_sage.attend_quantised.default, (*tensors, v, blocks, counts, False, 150, "")
         state, mass = torch.rand(1, 2, 32, 32, device=device), torch.rand(1, 2, 32, device=device)
         weight, bias = torch.randn(32, 32, device=device), torch.randn(32, device=device)
         yield torch.ops.attnmux_sla.add_linear_branch.default, (q, sparse, state, mass, weight, bias, "softmax", "")

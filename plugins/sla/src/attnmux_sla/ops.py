@@ -70,26 +70,6 @@ class SparseBranch:
         """Return the sparse branch over the chosen blocks, `[B, S_q, H, D]` in the dtype of q."""
         raise NotImplementedError
 
-    def attend_both(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        index: BlockIndex,
-        softmax_scale: float,
-        keys: KeySummary,
-        proj_weight: torch.Tensor | None,
-        proj_bias: torch.Tensor | None,
-        feature_map: str,
-        engine: str,
-    ) -> torch.Tensor:
-        """Return both branches, where all of SLA is fused passes; engine is that of the linear one."""
-        sparse = self.attend(q, k, v, index, softmax_scale)
-        both: torch.Tensor = torch.ops.attnmux_sla.add_linear_branch(
-            q, sparse, keys.state, keys.mass, proj_weight, proj_bias, feature_map, engine
-        )
-        return both
-
 
 _BLOCK_SIZES = (64, 128, 256)
 
@@ -191,7 +171,11 @@ def sparse_linear_attention(
         index = _index(blocks, k.shape[1], block_q, block_k)
         out: torch.Tensor
         if is_fused and sparse_branch is not None:
-            return sparse_branch.attend_both(q, k, v, index, scale, keys, proj_weight, proj_bias, feature_map, chosen)
+            sparse = sparse_branch.attend(q, k, v, index, scale)
+            out = torch.ops.attnmux_sla.add_linear_branch(
+                q, sparse, state, mass, proj_weight, proj_bias, feature_map, chosen
+            )
+            return out
         if is_fused:
             lists = index.transpose() if needs_grad and q.device.type != "cpu" else (None, None, None)
             out = torch.ops.attnmux_sla.attend(

@@ -42,9 +42,9 @@ def triton_config(fp8: bool) -> TritonConfig:
     return TritonConfig(64, 4, 3) if fp8 else TritonConfig(128, 8, 3)
 
 
-def hopper_config(fp8: bool, has_linear: bool = False) -> HopperConfig:
-    """The row for e4m3 or half-precision P V; the linear branch at the end of a tile takes room for itself."""
-    return HopperConfig(3 if has_linear else 4, 2) if fp8 else HopperConfig(2, 2)
+def hopper_config(fp8: bool) -> HopperConfig:
+    """The row for e4m3 or half-precision P V."""
+    return HopperConfig(4, 2) if fp8 else HopperConfig(2, 2)
 
 
 # Fastest first, wherever it is supported.

@@ -31,7 +31,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from attnmux_blocksparse.kernels.arguments import broadcast_strides
 from attnmux_sage.kernels.configs import HopperConfig, hopper_config
-from attnmux_sage.kernels.hopper_linear import LinearBranch, add_linear_branch, load_linear
 from attnmux_sage.kernels.hopper_softmax import pack, ready, rescale, softmax
 from attnmux_sage.kernels.quantise import launch_list_scales
 from attnmux_sage.prepare import P_SHIFT, QuantisedTensors
@@ -97,10 +96,9 @@ def _load_values(v_desc, bar, buf, base, batch, head_k, bh_k, blocks_k, a, b, D:
 
 @gluon.jit
 def _producer(
-    q_desc, k_desc, v_desc, x_desc, state_desc, list_ptr, count_ptr, q_buf, k_buf, v_buf, x_buf, state_buf,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, x_full, x_empty,
+    q_desc, k_desc, v_desc, list_ptr, count_ptr, q_buf, k_buf, v_buf, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h, n_tiles, tiles, heads, group, blocks_k,
-    D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, FP8: gl.constexpr, LISTS: gl.constexpr, LINEAR: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, FP8: gl.constexpr, LISTS: gl.constexpr,
 ):
     PER_V: gl.constexpr = 2 if FP8 else 2 * (D // 64)
     ks = 0
@@ -109,7 +107,6 @@ def _producer(
     vph = 1
     qs = 0
     qph = 1
-    xph = 1
     for tile in range(gl.program_id(0), n_tiles, gl.num_programs(0)):
         batch, head, bh_k, place = _place(tile, tiles, heads, group)
         head_k = head // group
@@ -155,10 +152,6 @@ def _producer(
             pb = b
             a = na
             b = nb
-        if LINEAR:
-            # Behind the tile's last K and V: what frees this room is done once the first two stages of the tile have come.
-            load_linear(x_desc, state_desc, x_full, x_empty, xph, x_buf, state_buf, batch, head, bh_k, place, D)
-            xph ^= 1
 
 
 @gluon.jit
@@ -215,13 +208,13 @@ def _weigh(p, v_ring, vs, acc, j, FP8: gl.constexpr):
 
 @gluon.jit
 def _consumer(
-    o_desc, v_scale_ptr, v_rest_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr, mass_ptr, bias_ptr,
-    q_buf, k_buf, v_buf, o_buf, x_buf, state_buf,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, x_full, x_empty,
+    o_desc, v_scale_ptr, v_rest_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
+    q_buf, k_buf, v_buf, o_buf,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty,
     stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
     n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
     D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, FP8: gl.constexpr,
-    LISTS: gl.constexpr, SHIFT: gl.constexpr, LSE: gl.constexpr, LINEAR: gl.constexpr, BIAS: gl.constexpr, WG: gl.constexpr,
+    LISTS: gl.constexpr, SHIFT: gl.constexpr, LSE: gl.constexpr, WG: gl.constexpr,
 ):
     DTYPE: gl.constexpr = o_desc.dtype
     SL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
@@ -247,7 +240,6 @@ def _consumer(
     vph = 0
     qs = 0
     qph = 0
-    xph = 0
 
     # First stage of the first tile.
     batch, head, bh_k, place = _place(first, tiles, heads, group)
@@ -393,14 +385,9 @@ def _consumer(
             at_d = bh_k.to(gl.int64) * D + gl.arange(0, D, layout=gl.SliceLayout(0, OL))
             is_filled = gl.convert_layout(gl.where(is_empty, 0.0, 1.0), RO)
             o = o * gl.load(v_scale_ptr + at_d)[None, :] + gl.load(v_rest_ptr + at_d)[None, :] * is_filled[:, None]
-        if LINEAR:
-            out = add_linear_branch(o, x_buf.index(WG), state_buf, x_full, x_empty, xph, mass_ptr, bias_ptr, bh_k, D, BIAS)
-            xph ^= 1
-        else:
-            out = o
         o_s = o_buf.index(WG)
         tma.store_wait(0)
-        o_s._reinterpret(DTYPE, [64, D], gl.NVMMASharedLayout(128, 16, 2)).store(out.to(DTYPE))
+        o_s._reinterpret(DTYPE, [64, D], gl.NVMMASharedLayout(128, 16, 2)).store(o.to(DTYPE))
         fence_async_shared()
         tma.async_copy_shared_to_global(o_desc, [batch, head, place * 128 + WG * 64, 0], o_s)
         if LSE:
@@ -415,13 +402,11 @@ def _consumer(
 @gluon.jit(do_not_specialize=["stride_list_b", "stride_list_h", "stride_list_q", "stride_count_b", "stride_count_h",
                               "n_tiles", "tiles", "heads", "group", "blocks_k", "width", "len_q", "tail"])
 def _sage_hopper_fwd_kernel(
-    q_desc, k_desc, v_desc, o_desc, x_desc, state_desc, v_scale_ptr, v_rest_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr,
-    list_ptr, count_ptr, mass_ptr, bias_ptr,
+    q_desc, k_desc, v_desc, o_desc, v_scale_ptr, v_rest_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
     stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
     n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
     D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, FP8: gl.constexpr,
-    LISTS: gl.constexpr, SHIFT: gl.constexpr, LSE: gl.constexpr, LINEAR: gl.constexpr, BIAS: gl.constexpr, CREGS: gl.constexpr,
-    num_warps: gl.constexpr,
+    LISTS: gl.constexpr, SHIFT: gl.constexpr, LSE: gl.constexpr, CREGS: gl.constexpr, num_warps: gl.constexpr,
 ):
     BL: gl.constexpr = mbarrier.MBarrierLayout()
     KSH: gl.constexpr = gl.NVMMASharedLayout(D, 8, 2)
@@ -433,16 +418,6 @@ def _sage_hopper_fwd_kernel(
         v_buf = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * 2, D, 64], gl.NVMMASharedLayout(64, 8, 2))
     else:
         v_buf = gl.allocate_shared_memory(v_desc.dtype, [STAGES * 2 * (D // 64), 1, 1, 64, 64], HALF)
-    if LINEAR:
-        x_buf = gl.allocate_shared_memory(o_desc.dtype, [2, 1, 1, 64, D], HALF)
-        state_buf = gl.allocate_shared_memory(o_desc.dtype, [(D // 64) * (D // 64), 1, 1, 64, 64], HALF)
-    else:
-        x_buf = o_buf
-        state_buf = o_buf
-    x_full = gl.allocate_shared_memory(gl.int64, [1, 1], BL)
-    x_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BL)
-    mbarrier.init(x_full.index(0), count=1)
-    mbarrier.init(x_empty.index(0), count=2)
     q_full = gl.allocate_shared_memory(gl.int64, [QBUF, 1], BL)
     q_empty = gl.allocate_shared_memory(gl.int64, [QBUF, 1], BL)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BL)
@@ -459,21 +434,19 @@ def _sage_hopper_fwd_kernel(
         mbarrier.init(v_empty.index(i), count=2)
     gl.warp_specialize([
         (_consumer, (o_desc, v_scale_ptr, v_rest_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
-                     mass_ptr, bias_ptr, q_buf, k_buf, v_buf, o_buf, x_buf, state_buf,
-                     q_full, q_empty, k_full, k_empty, v_full, v_empty, x_full, x_empty,
+                     q_buf, k_buf, v_buf, o_buf, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                      stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
                      n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
-                     D, STAGES, QBUF, FP8, LISTS, SHIFT, LSE, LINEAR, BIAS, 0)),
+                     D, STAGES, QBUF, FP8, LISTS, SHIFT, LSE, 0)),
         (_consumer, (o_desc, v_scale_ptr, v_rest_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
-                     mass_ptr, bias_ptr, q_buf, k_buf, v_buf, o_buf, x_buf, state_buf,
-                     q_full, q_empty, k_full, k_empty, v_full, v_empty, x_full, x_empty,
+                     q_buf, k_buf, v_buf, o_buf, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                      stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
                      n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
-                     D, STAGES, QBUF, FP8, LISTS, SHIFT, LSE, LINEAR, BIAS, 1)),
-        (_producer, (q_desc, k_desc, v_desc, x_desc, state_desc, list_ptr, count_ptr, q_buf, k_buf, v_buf, x_buf, state_buf,
-                     q_full, q_empty, k_full, k_empty, v_full, v_empty, x_full, x_empty,
+                     D, STAGES, QBUF, FP8, LISTS, SHIFT, LSE, 1)),
+        (_producer, (q_desc, k_desc, v_desc, list_ptr, count_ptr, q_buf, k_buf, v_buf,
+                     q_full, q_empty, k_full, k_empty, v_full, v_empty,
                      stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
-                     n_tiles, tiles, heads, group, blocks_k, D, STAGES, QBUF, FP8, LISTS, LINEAR)),
+                     n_tiles, tiles, heads, group, blocks_k, D, STAGES, QBUF, FP8, LISTS)),
     ], [4, 1], [CREGS, 24])
 
 
@@ -493,18 +466,17 @@ def _half_descriptor(x, columns: int) -> TensorDescriptor:
 
 def launch_hopper_forward(
     quantised: QuantisedTensors, v, out, lse, *, blocks=None, counts=None, even_rows: bool = True,
-    linear: LinearBranch | None = None, config: HopperConfig | None = None, multiprocessors: int | None = None,
+    config: HopperConfig | None = None, multiprocessors: int | None = None,
 ):
     """Fill out [B, S_q, H, D] and lse [B, H, S_q], both contiguous; lse None = not wanted. See `kernels.hopper_reasons`.
 
     v: [B, S_k, H_kv, D], read where there are no 8-bit values. blocks, counts: int32 lists for tiles of 128 queries, or None.
-    even_rows: whether all counts are about equal. linear: SLA's linear branch, which is added to out; only for heads of 64 and 128.
-    multiprocessors: programs of the persistent grid; None = the card's.
+    even_rows: whether all counts are about equal. multiprocessors: programs of the persistent grid; None = the card's.
     """
     batch, len_q, heads, _ = out.shape
     heads_k, blocks_k = quantised.k_scale.shape[1:]
     d_pad, fp8 = quantised.q8.shape[3], quantised.v8 is not None
-    config = config or hopper_config(fp8, linear is not None)
+    config = config or hopper_config(fp8)
     tiles = quantised.q8.shape[2] // 128
     n_tiles = batch * heads * tiles
     programs = n_tiles
@@ -516,19 +488,14 @@ def launch_hopper_forward(
         scales, width = launch_list_scales(blocks, quantised.k_scale, heads), blocks.shape[3]
         strides = (*broadcast_strides(blocks), blocks.stride(2), *broadcast_strides(counts))
     len_k = v.shape[1]
-    out_desc = x_desc = state_desc = _half_descriptor(out, d_pad)
-    if linear is not None:
-        x_desc, state_desc = _half_descriptor(linear.q, d_pad), _half_descriptor(linear.folded[:, :, None], 64)
-    bias = None if linear is None else linear.bias
     return _sage_hopper_fwd_kernel[(programs,)](
         _rows_descriptor(quantised.q8, 64), _rows_descriptor(quantised.k8, 64),
-        _rows_descriptor(quantised.v8, d_pad) if fp8 else _half_descriptor(v, 64), out_desc, x_desc, state_desc,
+        _rows_descriptor(quantised.v8, d_pad) if fp8 else _half_descriptor(v, 64), _half_descriptor(out, d_pad),
         quantised.v_scale if fp8 else quantised.k_scale, quantised.v_rest if fp8 else quantised.k_scale, quantised.q_scale,
         scales, out if lse is None else quantised.lse_shift, out if lse is None else lse,
         quantised.q_scale if blocks is None else blocks, quantised.q_scale if counts is None else counts,
-        quantised.q_scale if linear is None else linear.mass, quantised.q_scale if bias is None else bias,
         *strides, n_tiles, tiles, heads, heads // heads_k, blocks_k, width, len_q, len_k - (blocks_k - 1) * 64,
         D=d_pad, STAGES=config.stages, QBUF=config.query_buffers,
-        FP8=fp8, LISTS=blocks is not None, SHIFT=P_SHIFT if fp8 else 0.0, LSE=lse is not None, LINEAR=linear is not None,
-        BIAS=bias is not None, CREGS=CONSUMER_REGISTERS, num_warps=4,
+        FP8=fp8, LISTS=blocks is not None, SHIFT=P_SHIFT if fp8 else 0.0, LSE=lse is not None, CREGS=CONSUMER_REGISTERS,
+        num_warps=4,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from attnmux_blocksparse.kernels.arguments import tma_reason
 from attnmux_sage.kernels.forward import launch_triton_forward
 from attnmux_sage.kernels.quantise import launch_quantise, launch_quantise_pooling
 
@@ -29,26 +28,14 @@ def quantise_pooling(q, k, v, pooled_k, state, range_v, *, softmax_scale: float,
         )
 
 
-def prepare_linear(q: torch.Tensor, state, mass, weight, bias):
-    """SLA's linear branch as the Hopper engine takes it, or None if it cannot: other head sizes, or a q that TMA cannot read."""
-    if q.shape[3] not in (64, 128) or tma_reason("q", q):
-        return None
-    from attnmux_sage.kernels.hopper_linear import LinearBranch
-    from attnmux_sla.kernels.launch import fold_state
-
-    with torch.cuda.device_of(q):
-        return LinearBranch(q, fold_state(state, mass, weight, q.dtype), mass, bias)
-
-
 def launch_attention(
-    engine: str, quantised, v, out, lse, blocks, counts, *, even_rows: bool, causal: bool = False, linear=None
+    engine: str, quantised, v, out, lse, blocks, counts, *, even_rows: bool, causal: bool = False
 ) -> None:
-    """Fill out [B, S_q, H, D] and, unless it is None, lse [B, H, S_q]; only the Hopper engine adds a linear branch."""
+    """Fill out [B, S_q, H, D] and, unless it is None, lse [B, H, S_q]."""
     with torch.cuda.device_of(v):
         if engine == "hopper":
             from attnmux_sage.kernels.hopper_forward import launch_hopper_forward
 
-            lists = {"blocks": blocks, "counts": counts, "even_rows": even_rows}
-            launch_hopper_forward(quantised, v, out, lse, **lists, linear=linear)
+            launch_hopper_forward(quantised, v, out, lse, blocks=blocks, counts=counts, even_rows=even_rows)
         else:
             launch_triton_forward(quantised, v, out, lse, blocks=blocks, counts=counts, causal=causal)

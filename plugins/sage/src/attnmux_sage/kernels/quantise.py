@@ -359,7 +359,7 @@ def launch_quantise_pooling(
     mean, v_mean, v_scale = torch.empty(3, batch, heads_k, d_pad, device=k.device, dtype=torch.float32).unbind()
     _sage_fold_summary_kernel[(batch * heads_k,)](
         pooled_k, state, range_v, mean, v_mean, v_scale, k.shape[1], pooled_k.shape[2],
-        BLOCK=KEY_BLOCK, ROWS=64, D=head_dim, D_PAD=d_pad, FP8=fp8_values, FLOOR=VALUE_FLOOR, E4M3=E4M3_MAX, num_warps=8,
+        BLOCK=KEY_BLOCK, ROWS=128, D=head_dim, D_PAD=d_pad, FP8=fp8_values, FLOOR=VALUE_FLOOR, E4M3=E4M3_MAX, num_warps=8,
     )
     tiles = triton.cdiv(len_q, QUERY_TILE)
     pooled_q = torch.empty(batch, heads, tiles, head_dim, device=q.device, dtype=torch.float32)

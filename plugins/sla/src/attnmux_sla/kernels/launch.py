@@ -65,7 +65,7 @@ def _project(x, mass, weight, out, *, transposed: bool, scale: float = 1.0):
     return out
 
 
-def fold_state(state: torch.Tensor, mass: torch.Tensor, weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def _fold(state: torch.Tensor, mass: torch.Tensor, weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """N, [B * H_kv, D_PAD, D_PAD] in the half type of the products it goes into."""
     pairs, d_pad = state.shape[0] * state.shape[1], triton.next_power_of_2(state.shape[3])
     folded = torch.empty(pairs, d_pad, d_pad, device=state.device, dtype=dtype)
@@ -104,7 +104,7 @@ def add_linear_branch(q, sparse, state, mass, weight, bias, feature_map: str) ->
     config = _configs(q).finish
     pairs, tile = batch * heads, config.tile
     with torch.cuda.device_of(q):
-        folded = fold_state(state, mass, weight, q.dtype)
+        folded = _fold(state, mass, weight, q.dtype)
         linear._sla_finish_kernel[(pairs * triton.cdiv(len_q, tile),)](
             q, sparse, out, folded, mass, mass if bias is None else bias,
             *q.stride()[:3], *sparse.stride()[:3], *out.stride()[:3], heads, pairs, len_q, EPS,
@@ -123,7 +123,7 @@ def linear_backward(dout, q, k, v, state, mass, weight, feature_map: str, sparse
     tiles_per_split = config.split // config.tile
     n_splits = triton.cdiv(triton.cdiv(len_q, config.tile), tiles_per_split)
     with torch.cuda.device_of(q):
-        folded = fold_state(state, mass, weight, q.dtype)
+        folded = _fold(state, mass, weight, q.dtype)
         part = torch.empty(pairs, n_splits, d_pad, d_pad, device=q.device, dtype=torch.float32)
         part_taken = torch.empty(pairs, n_splits, d_pad, device=q.device, dtype=torch.float32)
         part_bias = torch.empty(pairs * n_splits, head_dim, device=q.device, dtype=torch.float32)
