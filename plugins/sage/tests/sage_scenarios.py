@@ -101,7 +101,8 @@ def assert_pooling_agrees(scenario, pv, device):
         step = kept.abs() / 15 + found.v_scale[:, :, None, :size] * 2**-9
         # of two roundings, one of them averaged
         assert ((left - rest).abs() <= step + step.mean(2, keepdim=True) + 1e-6 * scenario.input_scale).all()
-        assert (kept.abs().amax(2) / found.v_scale[..., :size] > 440).all()
+        varies = v.amax(1) > v.amin(1)
+        assert (kept.abs().amax(2) / found.v_scale[..., :size] > 440)[varies].all()
 
 
 def assert_same_tensors(found, wanted):
