@@ -124,6 +124,8 @@ def assert_same_tensors(found, wanted):
         torch.testing.assert_close(
             found.v_rest, wanted.v_rest, rtol=1e-4, atol=64 / len_k * wanted.v_scale.max().item()
         )
-        a, b = (x.v8.view(torch.int8).int() for x in (found, wanted))
+        # Places in the row of all e4m3 numbers, where both zeros are one: a value that is its channel's mean becomes either.
+        codes = (x.v8.view(torch.int8).int() for x in (found, wanted))
+        a, b = (torch.where(x < 0, -(x & 127), x) for x in codes)
         assert ((a - b).abs() > 1).sum() == 0
         assert (a != b).float().mean() < 1e-3
