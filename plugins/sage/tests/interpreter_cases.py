@@ -11,10 +11,17 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run through test_kernels.py"
 # The interpreter is chosen by the variable above, before triton is imported.
 # ruff: noqa: E402
 import triton.language as tl
-from sage_scenarios import Scenario, assert_like_emulation, assert_same_tensors, make_lists, make_tensors
+from sage_scenarios import (
+    Scenario,
+    assert_like_emulation,
+    assert_pooling_agrees,
+    assert_same_tensors,
+    make_lists,
+    make_tensors,
+)
 from triton.runtime import interpreter
 
-from attnmux_sage import prepare, reference
+from attnmux_sage import kernels, prepare, reference
 from attnmux_sage.kernels.configs import TritonConfig
 from attnmux_sage.kernels.forward import launch_triton_forward
 from attnmux_sage.kernels.quantise import launch_list_scales, launch_quantise
@@ -82,6 +89,24 @@ def test_quantisation_writes_what_the_emulation_writes(name, pv):
     found = launch_quantise(q, k, v, **options)
     assert all(map(torch.equal, before, (q, k, v)))
     assert_same_tensors(found, prepare.quantise(q, k, v, **options))
+
+
+@pytest.mark.parametrize("step", [2, 3, 50])
+def test_a_sample_of_the_keys_gives_their_mean(monkeypatch, step):
+    for module in (prepare, kernels.quantise):
+        monkeypatch.setattr(module, "sample_step", lambda length: step)
+    q, k, v = make_tensors(CASES["many_blocks"])
+    options = {"softmax_scale": 0.11, "fp8_values": True}
+    wanted = prepare.quantise(q, k, v, **options)
+    assert_same_tensors(launch_quantise(q, k, v, **options), wanted)
+    monkeypatch.setattr(prepare, "sample_step", lambda length: 1)
+    assert not torch.equal(prepare.quantise(q, k, v, **options).k8, wanted.k8)
+
+
+@pytest.mark.parametrize("pv", ["fp8", "bf16"])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "float32"])
+def test_quantisation_that_pools_writes_the_same(name, pv):
+    assert_pooling_agrees(CASES[name], pv, "cpu")
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -4,7 +4,14 @@ import pytest
 import torch
 from sage_accuracy import CASES as ACCURACY
 from sage_accuracy import assert_accurate
-from sage_scenarios import Scenario, assert_like_emulation, assert_same_tensors, make_lists, make_tensors
+from sage_scenarios import (
+    Scenario,
+    assert_like_emulation,
+    assert_pooling_agrees,
+    assert_same_tensors,
+    make_lists,
+    make_tensors,
+)
 
 from attnmux.errors import UnsupportedRequestError
 from attnmux_blocksparse import BlockIndex
@@ -52,6 +59,13 @@ def test_quantisation_writes_what_the_emulation_writes(name, pv):
     found = launch_quantise(q, k, v, **options)
     assert all(map(torch.equal, before, (q, k, v)))
     assert_same_tensors(found, prepare.quantise(q, k, v, **options))
+
+
+@pytest.mark.parametrize("pv", ["fp8", "bf16"])
+@pytest.mark.parametrize("name", [name for name, x in SCENARIOS.items() if x.head_size % 16 == 0])
+def test_quantisation_that_pools_writes_the_same(name, pv):
+    poison_the_allocator()
+    assert_pooling_agrees(SCENARIOS[name], pv, "cuda")
 
 
 def run(engine, quantised, q, v, **options):

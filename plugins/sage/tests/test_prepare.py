@@ -81,11 +81,18 @@ def test_padding_is_zero():
 def test_values_are_within_half_a_step_of_e4m3():
     _, _, v, z = prepared()
     found = dequantise_values(z)[:, :, :150, :48] * z.v_scale[:, :, None, :48]
-    exact = v.transpose(1, 2)
+    exact = (v - v.mean(1, keepdim=True)).transpose(1, 2)
     # three bits of mantissa, and below the normal numbers steps of 2 ** -9
     bound = exact.abs() / 16 + z.v_scale[:, :, None, :48] * 2.0**-10
     assert ((found - exact).abs() <= bound * 1.001).all()
     assert dequantise_values(z).abs().amax() == E4M3_MAX
+
+
+def test_what_values_lost_by_rounding_is_in_the_rest():
+    _, _, v, z = prepared()
+    kept = (dequantise_values(z) * z.v_scale[:, :, None])[:, :, :150, :48]
+    torch.testing.assert_close(kept.mean(2) + z.v_rest[..., :48], v.transpose(1, 2).mean(2), rtol=1e-5, atol=1e-5)
+    assert not z.v_rest[..., 48:].any()
 
 
 def test_lse_shift_is_what_smoothing_took_off():
@@ -96,7 +103,7 @@ def test_lse_shift_is_what_smoothing_took_off():
 
 def test_every_tensor_is_contiguous_and_finite():
     *_, z = prepared(SCENARIO.but(layout="heads_first"))
-    for x in (z.q8, z.q_scale, z.k8, z.k_scale, z.v8, z.v_scale, z.lse_shift):
+    for x in (z.q8, z.q_scale, z.k8, z.k_scale, z.v8, z.v_scale, z.v_rest, z.lse_shift):
         assert x.is_contiguous()
         assert x.float().isfinite().all()
 
@@ -105,3 +112,4 @@ def test_without_e4m3_there_are_no_values():
     *_, z = prepared(SCENARIO.but(pv="bf16"))
     assert z.v8 is None
     assert z.v_scale is None
+    assert z.v_rest is None

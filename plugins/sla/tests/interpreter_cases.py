@@ -83,6 +83,8 @@ def test_pooling_divides_by_the_true_length(block, length):
 def test_the_state_is_the_sum_over_keys(feature_map):
     k, v = rows(1, 1030, 2, 16), rows(1, 1030, 2, 16, seed=1)
     for ours, theirs in zip(
-        launch.summarize_keys(k, v, 64, feature_map), reference.summarize_keys(k, v, 64, feature_map), strict=True
+        launch.summarize_keys(k, v, 64, feature_map, True),
+        reference.summarize_keys(k, v, 64, feature_map, True),
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

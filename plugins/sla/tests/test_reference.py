@@ -6,6 +6,7 @@ import torch
 from attnmux.testing import assert_close_to_oracle, dense_attention_baseline, dense_attention_oracle, make_inputs
 from attnmux_blocksparse import block_sparse_attention
 from attnmux_sla import AlphaMix, LearnedRouter, select_blocks, sparse_linear_attention
+from attnmux_sla.ops import SparseBranch
 from attnmux_sla.reference import linear_attention
 
 MAPS = {
@@ -189,23 +190,28 @@ def test_another_sparse_branch_takes_the_place_of_the_operator(linear_keys):
     q, k, v, _, _ = tensors(head_size=16)
     calls = []
 
-    def doubled(q, k, v, index, scale):
-        calls.append(scale)
-        return 2 * block_sparse_attention(q, k, v, index, softmax_scale=scale)
+    class Doubled(SparseBranch):
+        def attend(self, q, k, v, index, softmax_scale):
+            calls.append(softmax_scale)
+            return 2 * block_sparse_attention(q, k, v, index, softmax_scale=softmax_scale)
 
     options = {"topk_ratio": 0.35, "linear_keys": linear_keys, "softmax_scale": 0.3}
-    once, twice = (sparse_linear_attention(q, k, v, sparse_attention=x, **options) for x in (None, doubled))
+    once, twice = (sparse_linear_attention(q, k, v, sparse_branch=x, **options) for x in (None, Doubled()))
     sparse = block_sparse_attention(q, k, v, select_blocks(q, k, topk_ratio=0.35), softmax_scale=0.3)
     torch.testing.assert_close(twice, once + sparse)
     assert calls == [0.3]
 
 
 def test_gradients_pass_through_another_sparse_branch():
+    class Same(SparseBranch):
+        def attend(self, q, k, v, index, softmax_scale):
+            return block_sparse_attention(q, k, v, index, softmax_scale=softmax_scale)
+
     q, k, v, _, _ = tensors(head_size=16)
     grads = []
-    for branch in (None, lambda q, k, v, index, scale: block_sparse_attention(q, k, v, index, softmax_scale=scale)):
+    for branch in (None, Same()):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = sparse_linear_attention(*leaves, topk_ratio=0.35, sparse_attention=branch)
+        out = sparse_linear_attention(*leaves, topk_ratio=0.35, sparse_branch=branch)
         grads.append(torch.autograd.grad(out.square().sum(), leaves))
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs)

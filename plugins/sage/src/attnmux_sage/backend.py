@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from attnmux.backend import AttentionBackend, AttentionImpl, AttentionMetadata, DenseMetadataBuilder
 from attnmux.errors import UnsupportedRequestError
+from attnmux_sage.branch import QuantisedBranch
 from attnmux_sage.kernels.configs import AUTOMATIC_ORDER
 from attnmux_sage.ops import ENGINES, PV_TYPES, refuse_gradients, sage_attention
 from attnmux_sage.prepare import HEAD_SIZES, KEY_BLOCK, QUERY_TILE
@@ -16,9 +17,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from attnmux.spec import AttentionRequest
-    from attnmux_blocksparse.index import BlockIndex
     from attnmux_sage.conformance import SageAttentionConformance, SageSLAAttentionConformance
-    from attnmux_sla.ops import SparseAttention
+    from attnmux_sla.ops import SparseBranch
 
 __all__ = ["SageAttentionBackend", "SageAttentionImpl", "SageSLAAttentionBackend", "SageSLAAttentionImpl"]
 
@@ -259,15 +259,8 @@ class SageSLAAttentionImpl(SLAAttentionImpl):
         refuse_gradients(self.backend_name, query, key, value, *self.parameters())
         return super().forward(query, key, value, attn_metadata)
 
-    def _sparse_attention(self) -> SparseAttention:
-        return self._attend
-
-    def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: BlockIndex, softmax_scale: float
-    ) -> torch.Tensor:
-        out = sage_attention(q, k, v, softmax_scale=softmax_scale, index=index, pv=self.pv, engine=self.sparse_engine)
-        assert not isinstance(out, tuple)
-        return out
+    def _sparse_branch(self) -> SparseBranch:
+        return QuantisedBranch(self.pv, self.sparse_engine)
 
 
 class SageSLAAttentionBackend(AttentionBackend):

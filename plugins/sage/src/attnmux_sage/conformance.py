@@ -9,6 +9,7 @@ import torch
 from attnmux.testing import BackendConformance
 from attnmux.testing.tolerance import visible_keys
 from attnmux_sage.backend import SageSLAAttentionImpl
+from attnmux_sage.branch import QuantisedBranch
 from attnmux_sage.kernels import HALF_TYPES, default_pv, keys_per_step
 from attnmux_sage.ops import emulate
 from attnmux_sage.reference import attend
@@ -54,6 +55,27 @@ def _attend(
     quantised = launch_quantise(*tensors, softmax_scale=softmax_scale, fp8_values=pv == "fp8")
     step = keys_per_step(q.device, options.get("causal", False))
     return attend(quantised, v, len_q=q.shape[1], keys_per_step=step, **options)
+
+
+class _EmulatedBranch(QuantisedBranch):
+    """The sparse branch of the oracle, on float64 copies; where kernels run, over the integers that they make."""
+
+    def pools_queries(self, feature_map: str) -> bool:
+        return False
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: BlockIndex, softmax_scale: float
+    ) -> torch.Tensor:
+        pv, dtype, lists = self.pv or default_pv(q), _half_type(q, k, v), (index.blocks, index.counts)
+        if dtype is None:
+            return emulate(q, k, v, softmax_scale=softmax_scale, pv=pv, blocks=lists[0], counts=lists[1])[0]
+        from attnmux_sage.kernels.launch import quantise_pooling
+
+        q_, k_, v_ = (x.to(dtype) for x in (q, k, v))
+        pooled_k, state, _, range_v = torch.ops.attnmux_sla.summarize_keys(k_, v_, index.block_k, "softmax", True, "")
+        quantised, _ = quantise_pooling(q_, k_, v_, pooled_k, state, range_v, softmax_scale=softmax_scale, pv=pv)
+        step = keys_per_step(q.device, False)
+        return attend(quantised, v, len_q=q.shape[1], keys_per_step=step, blocks=lists[0], counts=lists[1])[0]
 
 
 def _rounding_step(case: Case, pv: str | None) -> float:
@@ -122,9 +144,6 @@ class SageSLAAttentionConformance(SLAAttentionConformance):
         assert isinstance(impl, SageSLAAttentionImpl)
         assert impl.proj_l is not None
 
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: BlockIndex, scale: float) -> torch.Tensor:
-            return _attend(q, k, v, impl.pv, softmax_scale=scale, blocks=index.blocks, counts=index.counts)[0]
-
         return sparse_linear_attention(
             q,
             k,
@@ -133,7 +152,7 @@ class SageSLAAttentionConformance(SLAAttentionConformance):
             impl.proj_l.bias,
             topk_ratio=metadata.topk_ratio,
             softmax_scale=options["softmax_scale"],
-            sparse_attention=attend,
+            sparse_branch=_EmulatedBranch(impl.pv, None),
             engine="reference",
         )
 
@@ -142,8 +161,17 @@ class SageSLAAttentionConformance(SLAAttentionConformance):
         return _rounding_step(case, self.impl_args.get("pv"))
 
     def custom_ops(self, device: torch.device) -> Iterable[tuple[Any, tuple[Any, ...]]]:
-        """Return the operator that joins the branches, on small tensors; the others are tested with their backends."""
-        q, sparse = (torch.randn(1, 150, 2, 32, device=device, dtype=torch.float16) for _ in range(2))
+        """Return the operators of the quantised branch and the one that joins the branches, on small tensors."""
+        dtype = torch.float32 if device.type == "cpu" else torch.float16
+        q, k, v, sparse = (torch.randn(1, 150, 2, 32, device=device, dtype=dtype) for _ in range(4))
+        pooled_k, state, _, range_v = torch.ops.attnmux_sla.summarize_keys(k, v, 64, "softmax", True, "")
+        for pv in ("fp8", "bf16"):
+            summary = (q, k, v, pooled_k, state, range_v, 0.2, pv, "")
+            yield torch.ops.attnmux_sage.quantise_pooling.default, summary
+            _, *tensors = torch.ops.attnmux_sage.quantise_pooling(*summary)
+            blocks = torch.tensor([0, 2], dtype=torch.int32, device=device).expand(1, 2, 2, 2).contiguous()
+            counts = torch.tensor([2, 1], dtype=torch.int32, device=device).expand(1, 2, 2).contiguous()
+            yield torch.ops.attnmux_sage.attend_quantised.default, (*tensors, v, blocks, counts, False, 150, "")
         state, mass = torch.rand(1, 2, 32, 32, device=device), torch.rand(1, 2, 32, device=device)
         weight, bias = torch.randn(32, 32, device=device), torch.randn(32, device=device)
         yield torch.ops.attnmux_sla.add_linear_branch.default, (q, sparse, state, mass, weight, bias, "softmax", "")

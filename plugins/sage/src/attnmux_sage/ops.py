@@ -13,7 +13,7 @@ from attnmux_sage import reference
 from attnmux_sage.kernels import ENGINES, PV_TYPES, KernelRequest, choose_engine, default_pv, keys_per_step
 from attnmux_sage.prepare import HEAD_SIZES, KEY_BLOCK, QUERY_TILE, quantise
 
-__all__ = ["ENGINES", "PV_TYPES", "emulate", "refuse_gradients", "sage_attention"]
+__all__ = ["ENGINES", "PV_TYPES", "check_inputs", "emulate", "refuse_gradients", "sage_attention"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -57,14 +57,14 @@ def sage_attention(
             gradient; an engine that cannot serve the call.
 
     Numerics:
-        Q with one INT8 scale per row, K minus its mean over the sequence with one per 64 keys, V with one e4m3 scale per
-        channel; scores, softmax and sums in float32, each 128 keys of P V in an accumulator of their own. Same input, same
-        bits. README.md has the measured accuracy.
+        Q with one INT8 scale per row, K minus its mean over a sample of keys with one per 64 keys, V minus its mean with one
+        e4m3 scale per channel; scores, softmax and sums in float32, P V of 64 to 256 keys in an accumulator of their own. Same
+        input, same bits. README.md has the measured accuracy.
 
     Source:
         SageAttention (arXiv 2410.02367) and SageAttention2 (arXiv 2411.10958); README.md says where this differs.
     """
-    _check(q, k, v)
+    check_inputs(q, k, v)
     scale = resolve_scale(softmax_scale, q.shape[3])
     _check_options(q, k, causal, index, pv, engine)
     refuse_gradients("sage_attention", q, k, v)
@@ -118,7 +118,7 @@ def refuse_gradients(what: str, *tensors: torch.Tensor | None) -> None:
         )
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Refuse tensors that do not fit together, naming the first."""
     check_tensors(q, k, v, dtypes=_DTYPES)
     if q.shape[3] not in HEAD_SIZES:

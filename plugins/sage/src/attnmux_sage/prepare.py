@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ import torch
 LOG2_E = 1.4426950408889634
 INT8_MAX = 127.0
 E4M3_MAX = 448.0
+P_SHIFT = math.log2(E4M3_MAX)
+"""Weights are computed times 2 ** P_SHIFT for the e4m3 product: the largest becomes the largest e4m3."""
 
 HEAD_SIZES = range(16, 129, 8)
 """Head sizes that are served, padded with zeros to 64 or 128 where the tensors are quantised."""
@@ -17,6 +20,9 @@ QUERY_TILE = 128
 """Rows of q8 come in multiples of this."""
 KEY_BLOCK = 64
 """Keys that share one scale of K, and one transposed tile of V."""
+
+SAMPLE_ROWS = 16
+"""Keys lie in groups of this many, of which some give the mean that all are rid of (`sample_step`)."""
 
 # Below these sizes a tensor counts as zero. They keep every product of two scales a normal float32, so that a score of -inf
 # stays -inf; V needs only that 448 / maximum is finite.
@@ -31,12 +37,15 @@ class QuantisedTensors:
 
     q8: int8 [B, H, S_q', D'], S_q' = S_q rounded up to 128; rows beyond S_q are zero.
     q_scale: float32 [B, H, S_q'], one for each row, |softmax_scale| * log2(e) / D' included (the sign is in q8).
-    k8: int8 [B, H_kv, N_k * 64, D'], keys minus their mean over the sequence; keys beyond S_k are zero.
+    k8: int8 [B, H_kv, N_k * 64, D'], keys minus their mean over a sample of the sequence; keys beyond S_k are zero.
     k_scale: float32 [B, H_kv, N_k], one for 64 keys.
-    v8: float8_e4m3fn [B, H_kv, N_k, D', 64]: each block of 64 keys transposed, its keys in the order of `key_order`; None where
-        P V is computed in the type of v.
+    v8: float8_e4m3fn [B, H_kv, N_k, D', 64]: values minus their mean over the sequence, each block of 64 keys transposed, its
+        keys in the order of `key_order`; keys beyond S_k are zero. None where P V is computed in the type of v.
     v_scale: float32 [B, H_kv, D'], one for each channel; None with v8.
-    lse_shift: float32 [B, H, S_q]: softmax_scale * q . mean(K), what smoothing took off every score of a row.
+    v_rest: float32 [B, H_kv, D'], the mean over the sequence of v - v_scale * v8, which the weights of a row, whose sum is 1,
+        hand to every output; None with v8.
+    lse_shift: float32 [B, H, S_q]: softmax_scale * q . mean, what smoothing took off every score of a row; None where no
+        log-sum-exp is wanted.
 
     All are contiguous.
     """
@@ -47,12 +56,21 @@ class QuantisedTensors:
     k_scale: torch.Tensor
     v8: torch.Tensor | None
     v_scale: torch.Tensor | None
-    lse_shift: torch.Tensor
+    v_rest: torch.Tensor | None
+    lse_shift: torch.Tensor | None
 
 
 def padded_head(head_dim: int) -> int:
     """D': 64 or 128."""
     return 64 if head_dim <= 64 else 128
+
+
+def sample_step(len_k: int) -> int:
+    """Every how many-th group of `SAMPLE_ROWS` keys is in the sample, from the first on: about 4,096 keys are, or all.
+
+    Any vector may be taken off all keys, as softmax does not see it; a mean over so many is as good as that over all.
+    """
+    return max(1, len_k // 4096)
 
 
 def key_order(device: torch.device) -> torch.Tensor:
@@ -91,7 +109,8 @@ def quantise(
 
     Numerics: rotation and mean in float64 (a last bit can move a number to the next integer), else float32; rounding to nearest,
     ties to even. Source: SageAttention (arXiv 2410.02367, section 4) with finer scales of Q; the rotation is FlashAttention-3's
-    (arXiv 2407.08608, section 3.3) without its random signs.
+    (arXiv 2407.08608, section 3.3) without its random signs; values are centred as in SageAttention2 (arXiv 2411.10958,
+    section 3.3), but what comes back is the mean after rounding.
     """
     head_dim, len_q, len_k = q.shape[3], q.shape[1], k.shape[1]
     d_pad = padded_head(head_dim)
@@ -99,7 +118,8 @@ def quantise(
     pad = torch.nn.functional.pad
     rotation = hadamard(d_pad, q.device)
     q_, k_ = (pad(x.double().transpose(1, 2), (0, extra_d)) @ rotation for x in (q, k))
-    mean = k_.mean(2, keepdim=True).float()
+    is_sampled = torch.arange(len_k, device=k.device) // SAMPLE_ROWS % sample_step(len_k) == 0
+    mean = k_[:, :, is_sampled].mean(2, keepdim=True).float()
     q_, k_ = q_.float(), k_.float() - mean
     group = q.shape[2] // k.shape[2]
     lse_shift = (q_ * mean.repeat_interleave(group, 1)).sum(-1) * (softmax_scale / d_pad)
@@ -116,16 +136,19 @@ def quantise(
     k8 = _round_to_int8(k_, (INT8_MAX / largest)[..., None, None]).flatten(2, 3)
     k_scale = largest / INT8_MAX
 
-    v8 = v_scale = None
+    v8 = v_scale = v_rest = None
     if fp8_values:
-        v_ = pad(v.float().transpose(1, 2), (0, extra_d, 0, -len_k % KEY_BLOCK))
-        largest = v_.abs().amax(2).clamp_min(VALUE_FLOOR)
+        v_ = pad(v.transpose(1, 2), (0, extra_d))
+        center = v_.mean(2, keepdim=True, dtype=torch.float64).float()
+        centered = v_.float() - center
+        largest = centered.abs().amax(2).clamp_min(VALUE_FLOOR)
         v_scale = (largest / E4M3_MAX).contiguous()
-        v_ = (v_ * v_scale.reciprocal()[:, :, None]).clamp(-E4M3_MAX, E4M3_MAX)
-        tiles = v_.to(torch.float8_e4m3fn).float().view(*v_.shape[:2], -1, KEY_BLOCK, d_pad)
+        v_ = (centered * v_scale.reciprocal()[:, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+        v_rest = center[:, :, 0] + (centered - v_scale[:, :, None] * v_).mean(2, dtype=torch.float64).float()
+        tiles = pad(v_, (0, 0, 0, -len_k % KEY_BLOCK)).view(*v_.shape[:2], -1, KEY_BLOCK, d_pad)
         tiles = tiles[:, :, :, key_order(v.device)]
         v8 = tiles.transpose(-1, -2).to(torch.float8_e4m3fn).contiguous()
-    tensors = (q8, q_scale, k8, k_scale, v8, v_scale, lse_shift)
+    tensors = (q8, q_scale, k8, k_scale, v8, v_scale, v_rest, lse_shift)
     return QuantisedTensors(*(None if x is None else x.contiguous() for x in tensors))  # type: ignore[arg-type]
 
 

@@ -7,10 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from attnmux_sage.prepare import E4M3_MAX, KEY_BLOCK, QUERY_TILE, QuantisedTensors, dequantise_values
-
-P_SHIFT = math.log2(E4M3_MAX)
-"""Weights are computed times 2 ** P_SHIFT for the e4m3 product: the largest becomes the largest e4m3."""
+from attnmux_sage.prepare import E4M3_MAX, KEY_BLOCK, P_SHIFT, QUERY_TILE, QuantisedTensors, dequantise_values
 
 # Rows of all heads whose scores against one step stay in a processor's cache.
 _ROWS_AT_ONCE = 8192
@@ -54,7 +51,8 @@ def attend(
         keys_per_step: 64 or 128.
 
     Returns:
-        out [B, S_q, H, D] in the type of v and lse [B, H, S_q], float32, natural log; zeros and -inf for an empty row.
+        out [B, S_q, H, D] in the type of v and lse [B, H, S_q], float32, natural log, without what smoothing took off where
+        `quantised.lse_shift` is None; zeros and -inf for an empty row.
     """
     batch, heads, rows, d_pad = quantised.q8.shape
     heads_k, num_blocks = quantised.k_scale.shape[1:]
@@ -110,9 +108,15 @@ def attend(
         strict=True,
     )
     out, lse = torch.cat(outs, 2)[:, :, :len_q, :head_dim], torch.cat(lses, 2)[:, :, :len_q]
-    if quantised.v_scale is not None:
-        out = out * quantised.v_scale.repeat_interleave(heads // heads_k, 1)[:, :, None, :head_dim]
-    return out.transpose(1, 2).to(v.dtype).contiguous(), lse + quantised.lse_shift
+    if quantised.v_scale is not None and quantised.v_rest is not None:
+        scale, rest = (
+            x.repeat_interleave(heads // heads_k, 1)[:, :, None, :head_dim]
+            for x in (quantised.v_scale, quantised.v_rest)
+        )
+        out = torch.where(lse[..., None] == float("-inf"), 0.0, out * scale + rest)
+    if quantised.lse_shift is not None:
+        lse = lse + quantised.lse_shift
+    return out.transpose(1, 2).to(v.dtype).contiguous(), lse
 
 
 def _attend_tiles(

@@ -18,7 +18,7 @@ from attnmux.backend import (
 )
 from attnmux.errors import UnsupportedRequestError
 from attnmux_sla.kernels import ENGINES, HALF_TYPES
-from attnmux_sla.ops import SparseAttention, sparse_linear_attention
+from attnmux_sla.ops import SparseBranch, sparse_linear_attention
 from attnmux_sla.prepare import FEATURE_MAPS, LINEAR_KEYS, TopkRule, check_topk_ratio
 from attnmux_sla.sla2 import AlphaMix, LearnedRouter
 
@@ -248,12 +248,12 @@ class SLAAttentionImpl(AttentionImpl[SLAAttentionMetadata], nn.Module):
             protected_tokens=protected_tokens,
             router=self.router,
             combine=self.combine,
-            sparse_attention=self._sparse_attention(),
+            sparse_branch=self._sparse_branch(),
             engine=self.engine,
         )
         return out.to(dtype)
 
-    def _sparse_attention(self) -> SparseAttention | None:
+    def _sparse_branch(self) -> SparseBranch | None:
         """What computes the sparse branch, for `sparse_linear_attention`; a subclass may have its own."""
         return None
 

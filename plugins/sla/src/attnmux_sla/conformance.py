@@ -74,9 +74,9 @@ class SLAAttentionConformance(BackendConformance):
         q, k, v = (torch.randn(1, 150, 2, 32, device=device, dtype=dtype) for _ in range(3))
         ops = torch.ops.attnmux_sla
         yield ops.pool.default, (q, 128, "")
-        yield ops.summarize_keys.default, (k, v, 64, "softmax", "")
+        yield ops.summarize_keys.default, (k, v, 64, "softmax", True, "")
         pooled_q = ops.pool(q, 128, "")
-        pooled_k, state, mass = ops.summarize_keys(k, v, 64, "softmax", "")
+        pooled_k, state, mass, _ = ops.summarize_keys(k, v, 64, "softmax", False, "")
         blocks = torch.ops.attnmux_blocksparse.select(pooled_q, pooled_k, 2, 0, 1.0)
         counts = torch.full(blocks.shape[:3], 2, dtype=torch.int32, device=device)
         lists = torch.ops.attnmux_blocksparse.transpose(blocks, counts, 3)

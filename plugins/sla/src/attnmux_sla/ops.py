@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -25,7 +25,15 @@ from attnmux_sla.prepare import (
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["ENGINES", "get_block_map", "mean_pool", "select_blocks", "sparse_linear_attention"]
+__all__ = [
+    "ENGINES",
+    "KeySummary",
+    "SparseBranch",
+    "get_block_map",
+    "mean_pool",
+    "select_blocks",
+    "sparse_linear_attention",
+]
 
 Router = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Pooled q `[B, H, N_q, D]` and pooled k `[B, H_kv, N_k, D]` to what is scored in their place, of the same shapes."""
@@ -33,8 +41,35 @@ Router = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor
 Combination = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Sparse branch, linear branch and q, each `[B, S_q, H, D]` and the branches in float32 or float64, to the output."""
 
-SparseAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, BlockIndex, float], torch.Tensor]
-"""q, k, v, the chosen blocks and the factor on the scores to the sparse branch, `[B, S_q, H, D]` in the dtype of q."""
+
+class KeySummary(NamedTuple):
+    """What one pass over k and v gives: pooled keys, state, mass and range of v, as `reference.summarize_keys` has them."""
+
+    pooled_k: torch.Tensor
+    state: torch.Tensor
+    mass: torch.Tensor
+    range_v: torch.Tensor
+
+
+class SparseBranch:
+    """Computes the sparse branch of one call in place of block-sparse attention; may pool q in a pass that it makes anyway."""
+
+    def pools_queries(self, feature_map: str) -> bool:
+        """Return whether `pool_queries` is to be called, where all of SLA is fused passes."""
+        return False
+
+    def pool_queries(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_q: int, softmax_scale: float, keys: KeySummary
+    ) -> torch.Tensor:
+        """Return the means of the blocks of q, `[B, H, N_q, D]`, float32, float64 for float64; called before `attend`."""
+        raise NotImplementedError
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: BlockIndex, softmax_scale: float
+    ) -> torch.Tensor:
+        """Return the sparse branch over the chosen blocks, `[B, S_q, H, D]` in the dtype of q."""
+        raise NotImplementedError
+
 
 _BLOCK_SIZES = (64, 128, 256)
 
@@ -56,7 +91,7 @@ def sparse_linear_attention(
     protected_tokens: int = 0,
     router: Router | None = None,
     combine: Combination | None = None,
-    sparse_attention: SparseAttention | None = None,
+    sparse_branch: SparseBranch | None = None,
     engine: str | None = None,
 ) -> torch.Tensor:
     """Attend to the key blocks that score best, and to the other keys by linear attention.
@@ -81,7 +116,7 @@ def sparse_linear_attention(
         protected_tokens: The blocks of the first tokens of k that are always kept, a text prompt's, say; they count as kept.
         router: What is scored in place of the pooled q and k; None = these themselves.
         combine: How the branches are joined; None = their sum, the linear one projected. Excludes the projection.
-        sparse_attention: What computes the sparse branch; None = block-sparse attention, in whose place a quantised one, say.
+        sparse_branch: What computes the sparse branch; None = block-sparse attention, in whose place a quantised one, say.
         engine: "reference" or "triton" (sm80 on) for everything but the sparse branch, whose own engine is the reference
             in the first case and the fastest one otherwise. None takes the fastest. A named engine runs or raises.
 
@@ -110,25 +145,33 @@ def sparse_linear_attention(
         x is not None and x.requires_grad for x in (q, k, v, proj_weight, proj_bias)
     )
     # with another sparse branch the fused linear branch is for inference: its gradients come with those of the branch it knows
-    is_fused = combine is None and linear_keys == "all" and (sparse_attention is None or not needs_grad)
+    is_fused = combine is None and linear_keys == "all" and (sparse_branch is None or not needs_grad)
     chosen, sparse_engine = engine or "", "reference" if engine == "reference" else ""
     with torch.autocast(q.device.type, enabled=False):
         with torch.no_grad():
-            pooled_q = torch.ops.attnmux_sla.pool(q.detach(), block_q, chosen)
+            shares_passes = is_fused and sparse_branch is not None and sparse_branch.pools_queries(feature_map)
             if is_fused:
-                pooled_k, state, mass = torch.ops.attnmux_sla.summarize_keys(
-                    k.detach(), v.detach(), block_k, feature_map, chosen
+                keys = KeySummary(
+                    *torch.ops.attnmux_sla.summarize_keys(
+                        k.detach(), v.detach(), block_k, feature_map, shares_passes, chosen
+                    )
                 )
+                pooled_k, state, mass, _ = keys
             else:
                 pooled_k = torch.ops.attnmux_sla.pool(k.detach(), block_k, chosen)
+            if shares_passes:
+                assert sparse_branch is not None
+                pooled_q = sparse_branch.pool_queries(q, k, v, block_q, scale, keys)
+            else:
+                pooled_q = torch.ops.attnmux_sla.pool(q.detach(), block_q, chosen)
             pooled_q, pooled_k = _route(router, pooled_q, pooled_k)
             kept, protected = _count_kept(topk_ratio, k.shape[1], block_k, protected_tokens)
             order = order_of_scale(scale)
             blocks = select_top_blocks(pooled_q, pooled_k, kept, protected=protected, order=order)
         index = _index(blocks, k.shape[1], block_q, block_k)
         out: torch.Tensor
-        if is_fused and sparse_attention is not None:
-            sparse = sparse_attention(q, k, v, index, scale)
+        if is_fused and sparse_branch is not None:
+            sparse = sparse_branch.attend(q, k, v, index, scale)
             out = torch.ops.attnmux_sla.add_linear_branch(
                 q, sparse, state, mass, proj_weight, proj_bias, feature_map, chosen
             )
@@ -141,8 +184,8 @@ def sparse_linear_attention(
             )[0]  # fmt: skip
             return out
         visible = _visible_blocks(blocks, pooled_q, pooled_k, linear_keys, negligible_ratio, order, chosen)
-        if sparse_attention is not None:
-            sparse = sparse_attention(q, k, v, index, scale)
+        if sparse_branch is not None:
+            sparse = sparse_branch.attend(q, k, v, index, scale)
         else:
             attended = block_sparse_attention(q, k, v, index, softmax_scale=scale, engine=sparse_engine or None)
             assert isinstance(attended, torch.Tensor)
@@ -339,24 +382,25 @@ def _(x: torch.Tensor, block: int, engine: str) -> torch.Tensor:
 
 @torch.library.custom_op("attnmux_sla::summarize_keys", mutates_args=())
 def _summarize_keys_op(
-    k: torch.Tensor, v: torch.Tensor, block_k: int, feature_map: str, engine: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    summary: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _engine(engine, k, v).summarize_keys(
-        k, v, block_k, feature_map
+    k: torch.Tensor, v: torch.Tensor, block_k: int, feature_map: str, needs_range: bool, engine: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    summary: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] = _engine(engine, k, v).summarize_keys(
+        k, v, block_k, feature_map, needs_range
     )
     return summary
 
 
 @_summarize_keys_op.register_fake
 def _(
-    k: torch.Tensor, v: torch.Tensor, block_k: int, feature_map: str, engine: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    k: torch.Tensor, v: torch.Tensor, block_k: int, feature_map: str, needs_range: bool, engine: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     B, S, H, D = k.shape
     dtype = compute_dtype(k.dtype)
     return (
         k.new_empty(B, H, count_blocks(S, block_k), D, dtype=dtype),
         k.new_empty(B, H, D, D, dtype=dtype),
         k.new_empty(B, H, D, dtype=dtype),
+        k.new_empty((B, H, 2, D) if needs_range else (0, 2, D), dtype=dtype),
     )
 
 

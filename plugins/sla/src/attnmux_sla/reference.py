@@ -128,15 +128,20 @@ def _divide(numerator: torch.Tensor, features_q: torch.Tensor, mass: torch.Tenso
 
 
 def summarize_keys(
-    k: torch.Tensor, v: torch.Tensor, block_k: int, feature_map: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the pooled keys `[B, H_kv, N_k, D]`, the state S `[B, H_kv, D, D]` and the mass z `[B, H_kv, D]`.
+    k: torch.Tensor, v: torch.Tensor, block_k: int, feature_map: str, needs_range: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the pooled keys `[B, H_kv, N_k, D]`, the state S `[B, H_kv, D, D]`, the mass z `[B, H_kv, D]`, the range of v.
 
-    All in float32, float64 for float64 inputs.
+    All in float32, float64 for float64 inputs. The range is the largest and the least number of every channel,
+    `[B, H_kv, 2, D]`, and without elements where it is not needed.
     """
     dtype = compute_dtype(k.dtype)
     features = apply_feature_map(k.to(dtype), feature_map).transpose(1, 2)
-    return pool_blocks(k, block_k), features.transpose(-1, -2) @ v.to(dtype).transpose(1, 2), features.sum(-2)
+    state = features.transpose(-1, -2) @ v.to(dtype).transpose(1, 2)
+    extremes = v.new_empty(0, 2, v.shape[3], dtype=dtype)
+    if needs_range:
+        extremes = torch.stack([v.amax(1), v.amin(1)], 2).to(dtype)
+    return pool_blocks(k, block_k), state, features.sum(-2), extremes
 
 
 def add_linear_branch(

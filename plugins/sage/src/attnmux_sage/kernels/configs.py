@@ -16,14 +16,12 @@ class TritonConfig:
 class HopperConfig:
     """Warp-specialised forward.
 
-    stages: of the K and V rings, 128 keys each. query_buffers: query tiles in shared memory, 1 or 2. query_registers: whether Q
-    is an operand in registers. is_persistent: one program on every multiprocessor walks a fixed share of the tiles, else one
-    program for each tile, placed by the hardware.
+    stages: of the K and V rings, 128 keys each. query_buffers: query tiles in shared memory, 1 or 2. is_persistent: one program
+    on every multiprocessor walks a fixed share of the tiles, else one program for each tile, placed by the hardware.
     """
 
     stages: int
     query_buffers: int
-    query_registers: bool = False
     is_persistent: bool = True
 
 

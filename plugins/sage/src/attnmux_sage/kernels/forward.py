@@ -12,21 +12,20 @@ import triton.language as tl
 
 from attnmux_blocksparse.kernels.arguments import broadcast_strides
 from attnmux_sage.kernels.configs import triton_config
-from attnmux_sage.prepare import KEY_BLOCK, QUERY_TILE, QuantisedTensors
+from attnmux_sage.prepare import KEY_BLOCK, P_SHIFT, QUERY_TILE, QuantisedTensors
 
 LN_2 = 0.6931471805599453
-# log2(448): the largest weight becomes the largest e4m3.
-P_SHIFT = 8.807354922057604
 
 
 @triton.jit(do_not_specialize=["len_q", "len_k", "rows_q", "blocks_k", "heads", "group", "tiles", "stride_list_b", "stride_list_h",
                                "stride_list_q", "stride_count_b", "stride_count_h"])
 def _sage_fwd_kernel(
-    q8_ptr, q_scale_ptr, k8_ptr, k_scale_ptr, v_ptr, v_scale_ptr, shift_ptr, out_ptr, lse_ptr, list_ptr, count_ptr,
+    q8_ptr, q_scale_ptr, k8_ptr, k_scale_ptr, v_ptr, v_scale_ptr, v_rest_ptr, shift_ptr, out_ptr, lse_ptr, list_ptr, count_ptr,
     stride_v_b, stride_v_s, stride_v_h, stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
     len_q, len_k, rows_q, blocks_k, heads, group, tiles,
     D: tl.constexpr, D_PAD: tl.constexpr, FP8: tl.constexpr, CAUSAL: tl.constexpr, LISTS: tl.constexpr,
-    TILE_M: tl.constexpr, TILE_Q: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SHIFT: tl.constexpr, LN2: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_Q: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, SHIFT: tl.constexpr, LSE: tl.constexpr,
+    LN2: tl.constexpr,
 ):
     pid = tl.program_id(0)
     bh = pid // tiles
@@ -92,19 +91,21 @@ def _sage_fwd_kernel(
     l = tl.where(is_empty, 1.0, l)
     acc = acc / l[:, None]
     if FP8:
-        acc = acc * tl.load(v_scale_ptr + bh_k * D_PAD + offs_d)[None, :]
+        rest = tl.load(v_rest_ptr + bh_k * D_PAD + offs_d)[None, :]
+        acc = tl.where(is_empty[:, None], 0.0, acc * tl.load(v_scale_ptr + bh_k * D_PAD + offs_d)[None, :] + rest)
     mask_m = offs_m < len_q
     out = out_ptr + ((batch * len_q + offs_m)[:, None] * heads + head) * D + offs_d[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_d < D)[None, :])
-    at = bh.to(tl.int64) * len_q + offs_m
-    lse = (m - SHIFT + tl.log2(l)) * LN2 + tl.load(shift_ptr + at, mask=mask_m, other=0.0)
-    tl.store(lse_ptr + at, tl.where(is_empty, float("-inf"), lse), mask=mask_m)
+    if LSE:
+        at = bh.to(tl.int64) * len_q + offs_m
+        lse = (m - SHIFT + tl.log2(l)) * LN2 + tl.load(shift_ptr + at, mask=mask_m, other=0.0)
+        tl.store(lse_ptr + at, tl.where(is_empty, float("-inf"), lse), mask=mask_m)
 
 
 def launch_triton_forward(
     quantised: QuantisedTensors, v, out, lse, *, blocks=None, counts=None, causal: bool = False, config=None
 ):
-    """Fill out [B, S_q, H, D] and lse [B, H, S_q], both contiguous.
+    """Fill out [B, S_q, H, D] and lse [B, H, S_q], both contiguous; lse None = not wanted.
 
     v: [B, S_k, H_kv, D], read where there are no 8-bit values. blocks, counts: int32 lists for tiles of 128 queries, or None.
     """
@@ -118,10 +119,11 @@ def launch_triton_forward(
         strides = (*broadcast_strides(blocks), blocks.stride(2), *broadcast_strides(counts))
     return _sage_fwd_kernel[(batch * heads * tiles,)](
         quantised.q8, quantised.q_scale, quantised.k8, quantised.k_scale, quantised.v8 if fp8 else v,
-        quantised.v_scale if fp8 else quantised.k_scale, quantised.lse_shift, out, lse,
+        quantised.v_scale if fp8 else quantised.k_scale, quantised.v_rest if fp8 else quantised.k_scale,
+        out if lse is None else quantised.lse_shift, out, out if lse is None else lse,
         quantised.k_scale if blocks is None else blocks, quantised.k_scale if counts is None else counts,
         *v.stride()[:3], *strides, len_q, v.shape[1], quantised.q8.shape[2], blocks_k, heads, heads // heads_k, tiles,
         D=head_dim, D_PAD=quantised.q8.shape[3], FP8=fp8, CAUSAL=causal, LISTS=blocks is not None,
-        TILE_M=config.tile_m, TILE_Q=QUERY_TILE, BLOCK=KEY_BLOCK, STAGES=config.stages, SHIFT=P_SHIFT if fp8 else 0.0, LN2=LN_2,
-        num_warps=config.warps,
+        TILE_M=config.tile_m, TILE_Q=QUERY_TILE, BLOCK=KEY_BLOCK, STAGES=config.stages, SHIFT=P_SHIFT if fp8 else 0.0,
+        LSE=lse is not None, LN2=LN_2, num_warps=config.warps,
     )

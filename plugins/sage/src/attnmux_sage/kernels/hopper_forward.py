@@ -11,7 +11,7 @@ where the last block of the sequence is short. An empty list still takes one sta
 no role may skip a phase.
 
 Within a consumer S(j+1) = Q K(j+1)^T is issued before P(j) V(j), and the softmax of S(j+1) runs while the second product is on
-the tensor cores. The last P V of a tile likewise overlaps the first softmax of the next.
+the tensor cores; sums are rescaled while the first is. The last P V of a tile likewise overlaps the first softmax of the next.
 """
 
 # Arguments of kernels stand in groups (pointers, strides, sizes, constants), not one a line.
@@ -31,8 +31,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from attnmux_blocksparse.kernels.arguments import broadcast_strides
 from attnmux_sage.kernels.configs import HopperConfig, hopper_config
+from attnmux_sage.kernels.hopper_softmax import pack, ready, rescale, softmax
 from attnmux_sage.kernels.quantise import launch_list_scales
-from attnmux_sage.prepare import QuantisedTensors
+from attnmux_sage.prepare import P_SHIFT, QuantisedTensors
 
 # The consumers' registers; the launch gives every thread 168, and the producer gives its own up.
 CONSUMER_REGISTERS = 240
@@ -162,148 +163,65 @@ def _first_valid(entries, n, odd, blocks_k, tail, LISTS: gl.constexpr):
 
 
 @gluon.jit
-def _halves(x):
-    """[64, 128] -> the columns of the first and of the second block, [64, 64] each."""
-    return x.reshape([64, 2, 64]).permute((0, 2, 1)).split()
-
-
-@gluon.jit
-def _softmax(s, q_scale, scale_a, scale_b, m, l, valid_a, valid_b, FIRST: gl.constexpr, SHIFT: gl.constexpr):
-    """int32 scores of 128 keys -> weights times 2 ** SHIFT, new maximum, factor for what came before, new sum.
-
-    q_scale: of the rows. scale_a, scale_b: of the two key blocks. The maxima are those of the integers, which are exact and
-    cost less: sm_90 compares three integers in one instruction.
-    """
-    SL: gl.constexpr = s.type.layout
-    RS: gl.constexpr = gl.SliceLayout(1, SL)
-    if FIRST:
-        # Scales are positive normal numbers (see the floors in `prepare`), so that -inf stays -inf.
-        if valid_a + valid_b < 128:
-            cols = gl.arange(0, 128, layout=gl.SliceLayout(0, SL))
-            keep = (cols < gl.minimum(valid_a, 64)) | ((cols >= 64) & (cols < 64 + valid_b))
-            f = gl.where(keep[None, :], s.to(gl.float32), float("-inf"))
-        else:
-            f = s.to(gl.float32)
-        f0, f1 = _halves(f)
-        x0 = gl.max(f0, 1)
-        x1 = gl.max(f1, 1)
-    else:
-        i0, i1 = _halves(s)
-        x0 = gl.max(i0, 1).to(gl.float32)
-        x1 = gl.max(i1, 1).to(gl.float32)
-        f0 = i0.to(gl.float32)
-        f1 = i1.to(gl.float32)
-    RH: gl.constexpr = gl.SliceLayout(1, f0.type.layout)
-    q_half = gl.convert_layout(q_scale, RH)
-    scale0 = q_half * scale_a
-    scale1 = q_half * scale_b
-    m_new = gl.convert_layout(gl.maximum(x0 * scale0, x1 * scale1), RS)
-    if FIRST:
-        # The floor keeps a fully masked row at weights of 0 instead of NaN.
-        m_new = gl.maximum(m_new, -1e30)
-    else:
-        m_new = gl.maximum(m, m_new)
-    m_half = gl.convert_layout(m_new, RH) - SHIFT
-    p0 = gl.exp2(f0 * scale0[:, None] - m_half[:, None])
-    p1 = gl.exp2(f1 * scale1[:, None] - m_half[:, None])
-    row_sum = gl.convert_layout(gl.sum(p0 + p1, 1), RS)
-    p = gl.convert_layout(gl.join(p0, p1).permute((0, 2, 1)).reshape([64, 128]), SL)
-    if FIRST:
-        return p, m_new, gl.full([64], 1.0, gl.float32, RS), row_sum
-    else:
-        alpha = gl.exp2(m - m_new)
-        return p, m_new, alpha, l * alpha + row_sum
-
-
-@gluon.jit
-def _unpack(x, LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
-    """int32 [64, K / 4] -> 8-bit operand [64, K] in LAYOUT, the same registers.
-
-    8-bit tensors must not live across a loop or a branch: Triton hands every byte on in a register of its own (64 registers
-    instead of 16), and warpgroup_mma_wait refuses them as dependencies. So they are carried as int32.
-    """
-    # Two steps, which LLVM folds back to nothing.
-    low = x.to(gl.int16)
-    high = (x >> 16).to(gl.int16)
-    y = gl.join(gl.join(low.to(gl.int8), high.to(gl.int8)), gl.join((low >> 8).to(gl.int8), (high >> 8).to(gl.int8)))
-    y = gl.convert_layout(y.reshape([x.shape[0], x.shape[1] * 4]), LAYOUT)
-    if DTYPE == gl.int8:
-        return y
-    else:
-        return y.to(DTYPE, bitcast=True)
-
-
-@gluon.jit
-def _pack(p, LAYOUT: gl.constexpr, DTYPE: gl.constexpr, FP8: gl.constexpr):
-    """Weights as operand in DTYPE, or as packed e4m3, whose keys are in the order of v8: no exchange between threads."""
-    if FP8:
-        p = p.reshape([64, 8, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([64, 128])
-        p = gl.convert_layout(p, LAYOUT)
-        a, b = p.reshape([64, 32, 2, 2]).split()
-        a0, a1 = a.split()
-        b0, b1 = b.split()
-        return gl.inline_asm_elementwise(
-            "{ .reg .b16 lo, hi; cvt.rn.satfinite.e4m3x2.f32 lo, $2, $1; cvt.rn.satfinite.e4m3x2.f32 hi, $4, $3; "
-            "mov.b32 $0, {lo, hi}; }", "=r,f,f,f,f", [a0, b0, a1, b1], dtype=gl.int32, is_pure=True, pack=1)
-    else:
-        return gl.convert_layout(p.to(DTYPE), LAYOUT)
-
-
-@gluon.jit
-def _ready(p, never, LAYOUT: gl.constexpr, FP8: gl.constexpr):
-    """Weights as operand of the next product; to be called before the first of a group of products.
-
-    never is 0, which no compiler knows. Without a real instruction here ptxas gives the next weights the registers of those in
-    use (they are one loop variable, plain copies are seen through) and serialises every product (C7513).
-    """
-    if FP8:
-        return _unpack(p ^ never, LAYOUT, gl.float8e4nv)
-    else:
-        return p
-
-
-@gluon.jit
-def _scores(q, k_ring, ks, zero, LAYOUT: gl.constexpr, QREG: gl.constexpr):
+def _scores(q, k_ring, ks, zero):
     """Q K^T of one stage, int32, not waited for."""
-    if QREG:
-        q = _unpack(q, LAYOUT, gl.int8)
     return warpgroup_mma(q, k_ring.index(ks).permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _weigh(p, v_ring, vs, o, zero, FP8: gl.constexpr):
-    """P V of one stage, not waited for: e4m3 into a fresh accumulator, else added to o.
+def _make_room(o, acc, alpha, beta, j, D: gl.constexpr, FP8: gl.constexpr):
+    """Prepare the sums for the j-th product, j >= 1: rescale the running one, acc, or add it to o in float32.
 
-    The tensor core adds up e4m3 products with about 14 bits. Over a whole sequence that loses 10 % where V has a mean.
+    alpha: factor of the new maximum on acc. beta: factor on o of all maxima since something was added to it.
+    """
+    RO: gl.constexpr = gl.SliceLayout(1, o.type.layout)
+    if _is_fresh(j, FP8):
+        o = o * gl.convert_layout(beta, RO)[:, None] + acc
+        beta = alpha
+    else:
+        acc = rescale(acc, gl.convert_layout(alpha, RO), D)
+        beta = beta * alpha
+    return o, acc, beta
+
+
+@gluon.jit
+def _is_fresh(j, FP8: gl.constexpr):
+    """Whether the j-th product, j >= 1, starts from 0: in e4m3 every second one."""
+    if FP8:
+        return j % 2 == 1
+    else:
+        return j < 0
+
+
+@gluon.jit
+def _weigh(p, v_ring, vs, acc, j, FP8: gl.constexpr):
+    """P V of one stage, not waited for.
+
+    The tensor core adds up e4m3 products with about 14 bits and cuts the rest off. Over 256 keys that loses 0.2 % where all
+    values have one sign, over a whole sequence 10 %.
     """
     if FP8:
-        return warpgroup_mma(p, v_ring.index(vs).permute((1, 0)), zero, use_acc=False, is_async=True)
+        return warpgroup_mma(p, v_ring.index(vs).permute((1, 0)), acc, use_acc=not _is_fresh(j, FP8), is_async=True)
     else:
-        return warpgroup_mma(p, v_ring.index(vs), o, is_async=True)
+        return warpgroup_mma(p, v_ring.index(vs), acc, is_async=True)
 
 
 @gluon.jit
 def _consumer(
-    o_desc, v_scale_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr, q_buf, k_buf, v_buf, o_buf,
+    o_desc, v_scale_ptr, v_rest_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
+    q_buf, k_buf, v_buf, o_buf,
     q_full, q_empty, k_full, k_empty, v_full, v_empty,
     stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
     n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
-    D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, QREG: gl.constexpr, FP8: gl.constexpr,
-    LISTS: gl.constexpr, WG: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, FP8: gl.constexpr,
+    LISTS: gl.constexpr, SHIFT: gl.constexpr, LSE: gl.constexpr, WG: gl.constexpr,
 ):
     DTYPE: gl.constexpr = o_desc.dtype
-    SHIFT: gl.constexpr = 8.807354922057604 if FP8 else 0.0
     SL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     OL: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32 if FP8 else 16])
     PL: gl.constexpr = gl.DotOperandLayout(0, OL, 4 if FP8 else 2)
-    QL: gl.constexpr = gl.DotOperandLayout(0, SL, 4)
-    QI: gl.constexpr = gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 8]), 1)
     RS: gl.constexpr = gl.SliceLayout(1, SL)
     RO: gl.constexpr = gl.SliceLayout(1, OL)
-    if QREG:
-        q_ring = q_buf._reinterpret(gl.int32, [QBUF * 2, 64, D // 4], gl.NVMMASharedLayout(D, 32, 2))
-    else:
-        q_ring = q_buf
     k_ring = k_buf._reinterpret(gl.int8, [STAGES, 128, D], gl.NVMMASharedLayout(D, 8, 2))
     if FP8:
         v_ring = v_buf._reinterpret(gl.float8e4nv, [STAGES, D, 128], gl.NVMMASharedLayout(64, 8, 2))
@@ -312,7 +230,6 @@ def _consumer(
     first = gl.program_id(0)
     step = gl.num_programs(0)
     zero = gl.full([64, 128], 0, gl.int32, SL)
-    o_zero = gl.zeros([64, D], gl.float32, OL)
     rows = WG * 64 + gl.arange(0, 64, layout=RS)
     none = gl.zeros([64], gl.float32, RS)
     never = n_tiles >> 31
@@ -339,23 +256,18 @@ def _consumer(
     scale_a = gl.load(scales + _from_end(0, n))
     scale_b = gl.load(scales + _from_end(1 - odd, n))
     mbarrier.wait(q_full.index(qs), qph)
-    if QREG:
-        q = q_ring.index(qs * 2 + WG).load(QI)
-        mbarrier.arrive(q_empty.index(qs))
-    else:
-        q = q_ring.index(qs * 2 + WG)
+    q = q_buf.index(qs * 2 + WG)
     mbarrier.wait(k_full.index(ks), kph)
-    s = warpgroup_mma_wait(0, deps=[_scores(q, k_ring, ks, zero, QL, QREG)])
+    s = warpgroup_mma_wait(0, deps=[_scores(q, k_ring, ks, zero)])
     mbarrier.arrive(k_empty.index(ks))
-    if not QREG:
-        if QBUF == 1:
-            mbarrier.arrive(q_empty.index(qs), pred=stages == 1)
+    if QBUF == 1:
+        mbarrier.arrive(q_empty.index(qs), pred=stages == 1)
     ks += 1
     if ks == STAGES:
         ks = 0
         kph ^= 1
-    p, m, alpha, l = _softmax(s, q_scale, scale_a, scale_b, none, none, valid_a, valid_b, True, SHIFT)
-    pb = _pack(p, PL, DTYPE, FP8)
+    p, m, alpha, l = softmax(s, q_scale, scale_a, scale_b, none, none, valid_a, valid_b, True, SHIFT)
+    pb = pack(p, PL, DTYPE, FP8)
     mbarrier.wait(k_full.index(ks), kph, pred=stages > 1)
 
     for tile in range(first, n_tiles, step):
@@ -379,39 +291,35 @@ def _consumer(
         scale_a = gl.load(scales + _from_end(2 - odd, n))
         scale_b = gl.load(scales + _from_end(3 - odd, n))
         o = gl.zeros([64, D], gl.float32, OL)
-        if not QREG:
-            q = q_ring.index(qs * 2 + WG)
+        acc = gl.zeros([64, D], gl.float32, OL)
+        beta = alpha
+        q = q_buf.index(qs * 2 + WG)
 
         for j in range(1, stages):
-            pu = _ready(pb, never, PL, FP8)
-            s_acc = _scores(q, k_ring, ks, zero, QL, QREG)
+            pu = ready(pb, never, PL, FP8)
+            s_acc = _scores(q, k_ring, ks, zero)
+            o, acc, beta = _make_room(o, acc, alpha, beta, j, D, FP8)
             mbarrier.wait(v_full.index(vs), vph)
-            o_acc = _weigh(pu, v_ring, vs, o, o_zero, FP8)
+            acc = _weigh(pu, v_ring, vs, acc, j, FP8)
             s = warpgroup_mma_wait(1, deps=[s_acc])
             mbarrier.arrive(k_empty.index(ks))
-            if not QREG:
-                if QBUF == 1:
-                    mbarrier.arrive(q_empty.index(qs), pred=j + 1 == stages)
+            if QBUF == 1:
+                mbarrier.arrive(q_empty.index(qs), pred=j + 1 == stages)
             ks += 1
             if ks == STAGES:
                 ks = 0
                 kph ^= 1
             na = gl.load(scales + _from_end((j + 1) * 2 - odd, n))
             nb = gl.load(scales + _from_end((j + 1) * 2 - odd + 1, n))
-            p, m, alpha_new, l = _softmax(s, q_scale, scale_a, scale_b, m, l, 64, 64, False, SHIFT)
+            p, m, alpha_new, l = softmax(s, q_scale, scale_a, scale_b, m, l, 64, 64, False, SHIFT)
             scale_a = na
             scale_b = nb
             # Naming pb_new as a dependency keeps LLVM from sinking the exponentials behind the wait; ptxas would still hoist
             # the wait above them, but it does not schedule across a branch, and waiting here for the next K stage puts one in
             # its way. Without both, the softmax does not overlap the P V product.
-            pb_new = _pack(p, PL, DTYPE, FP8)
+            pb_new = pack(p, PL, DTYPE, FP8)
             mbarrier.wait(k_full.index(ks), kph, pred=j + 1 < stages)
-            if FP8:
-                o_new, pb, pb_new = warpgroup_mma_wait(0, deps=[o_acc, pb, pb_new])
-                o = o * gl.convert_layout(alpha, RO)[:, None] + o_new
-            else:
-                o, pb, pb_new = warpgroup_mma_wait(0, deps=[o_acc, pb, pb_new])
-                o = o * gl.convert_layout(alpha_new, RO)[:, None]
+            acc, pb, pb_new = warpgroup_mma_wait(0, deps=[acc, pb, pb_new])
             mbarrier.arrive(v_empty.index(vs))
             vs += 1
             if vs == STAGES:
@@ -421,50 +329,45 @@ def _consumer(
             alpha = alpha_new
 
         # The last P V of this tile overlaps the first softmax of the next.
-        if not QREG:
-            if QBUF > 1:
-                mbarrier.arrive(q_empty.index(qs))
+        if QBUF > 1:
+            mbarrier.arrive(q_empty.index(qs))
         qs += 1
         if qs == QBUF:
             qs = 0
             qph ^= 1
         m_done = m
-        l_done = l
-        alpha_done = alpha
+        l_done = gl.convert_layout(gl.sum(l, 1), RS)
         n = next_n
         odd = next_odd
         scales = next_scales
         q_scale = next_q_scale
-        pu = _ready(pb, never, PL, FP8)
+        pu = ready(pb, never, PL, FP8)
         if more:
             mbarrier.wait(q_full.index(qs), qph)
-            if QREG:
-                q = q_ring.index(qs * 2 + WG).load(QI)
-                mbarrier.arrive(q_empty.index(qs))
-            else:
-                q = q_ring.index(qs * 2 + WG)
+            q = q_buf.index(qs * 2 + WG)
             mbarrier.wait(k_full.index(ks), kph)
-            s_acc = _scores(q, k_ring, ks, zero, QL, QREG)
+            s_acc = _scores(q, k_ring, ks, zero)
+            o, acc, beta = _make_room(o, acc, alpha, beta, stages, D, FP8)
             mbarrier.wait(v_full.index(vs), vph)
-            o_acc = _weigh(pu, v_ring, vs, o, o_zero, FP8)
+            acc = _weigh(pu, v_ring, vs, acc, stages, FP8)
             s = warpgroup_mma_wait(1, deps=[s_acc])
             mbarrier.arrive(k_empty.index(ks))
-            if not QREG:
-                if QBUF == 1:
-                    mbarrier.arrive(q_empty.index(qs), pred=next_stages == 1)
+            if QBUF == 1:
+                mbarrier.arrive(q_empty.index(qs), pred=next_stages == 1)
             ks += 1
             if ks == STAGES:
                 ks = 0
                 kph ^= 1
-            p, m, alpha, l = _softmax(s, next_q_scale, next_scale_a, next_scale_b, m, l, next_valid_a, next_valid_b, True, SHIFT)
-            pb_new = _pack(p, PL, DTYPE, FP8)
+            p, m, alpha, l = softmax(s, next_q_scale, next_scale_a, next_scale_b, m, l, next_valid_a, next_valid_b, True, SHIFT)
+            pb_new = pack(p, PL, DTYPE, FP8)
             mbarrier.wait(k_full.index(ks), kph, pred=next_stages > 1)
-            o_new, pb, pb_new = warpgroup_mma_wait(0, deps=[o_acc, pb, pb_new])
+            acc, pb, pb_new = warpgroup_mma_wait(0, deps=[acc, pb, pb_new])
             pb = pb_new
         else:
+            o, acc, beta = _make_room(o, acc, alpha, beta, stages, D, FP8)
             mbarrier.wait(v_full.index(vs), vph)
-            o_acc = _weigh(pu, v_ring, vs, o, o_zero, FP8)
-            o_new, pb = warpgroup_mma_wait(0, deps=[o_acc, pb])
+            acc = _weigh(pu, v_ring, vs, acc, stages, FP8)
+            acc, pb = warpgroup_mma_wait(0, deps=[acc, pb])
         mbarrier.arrive(v_empty.index(vs))
         vs += 1
         if vs == STAGES:
@@ -472,36 +375,38 @@ def _consumer(
             vph ^= 1
         stages = next_stages
         if FP8:
-            o = o * gl.convert_layout(alpha_done, RO)[:, None] + o_new
+            o = o * gl.convert_layout(beta, RO)[:, None] + acc
         else:
-            o = o_new
+            o = acc
         is_empty = l_done == 0.0
         l_done = gl.where(is_empty, 1.0, l_done)
         o = o * gl.convert_layout(gl.where(is_empty, 0.0, 1.0 / l_done), RO)[:, None]
         if FP8:
-            offs_d = gl.arange(0, D, layout=gl.SliceLayout(0, OL))
-            o = o * gl.load(v_scale_ptr + bh_k.to(gl.int64) * D + offs_d)[None, :]
+            at_d = bh_k.to(gl.int64) * D + gl.arange(0, D, layout=gl.SliceLayout(0, OL))
+            is_filled = gl.convert_layout(gl.where(is_empty, 0.0, 1.0), RO)
+            o = o * gl.load(v_scale_ptr + at_d)[None, :] + gl.load(v_rest_ptr + at_d)[None, :] * is_filled[:, None]
         o_s = o_buf.index(WG)
         tma.store_wait(0)
         o_s._reinterpret(DTYPE, [64, D], gl.NVMMASharedLayout(128, 16, 2)).store(o.to(DTYPE))
         fence_async_shared()
         tma.async_copy_shared_to_global(o_desc, [batch, head, place * 128 + WG * 64, 0], o_s)
-        at = place * 128 + rows
-        base = (batch.to(gl.int64) * heads + head) * len_q
-        shift = gl.load(shift_ptr + base + at, mask=at < len_q, other=0.0)
-        lse = (m_done - SHIFT + gl.log2(l_done)) * 0.6931471805599453 + shift
-        gl.store(lse_ptr + base + at, gl.where(is_empty, float("-inf"), lse), mask=at < len_q)
+        if LSE:
+            at = place * 128 + rows
+            base = (batch.to(gl.int64) * heads + head) * len_q
+            shift = gl.load(shift_ptr + base + at, mask=at < len_q, other=0.0)
+            lse = (m_done - SHIFT + gl.log2(l_done)) * 0.6931471805599453 + shift
+            gl.store(lse_ptr + base + at, gl.where(is_empty, float("-inf"), lse), mask=at < len_q)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["stride_list_b", "stride_list_h", "stride_list_q", "stride_count_b", "stride_count_h",
                               "n_tiles", "tiles", "heads", "group", "blocks_k", "width", "len_q", "tail"])
 def _sage_hopper_fwd_kernel(
-    q_desc, k_desc, v_desc, o_desc, v_scale_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
+    q_desc, k_desc, v_desc, o_desc, v_scale_ptr, v_rest_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
     stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
     n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
-    D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, QREG: gl.constexpr, FP8: gl.constexpr,
-    LISTS: gl.constexpr, CREGS: gl.constexpr, num_warps: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, QBUF: gl.constexpr, FP8: gl.constexpr,
+    LISTS: gl.constexpr, SHIFT: gl.constexpr, LSE: gl.constexpr, CREGS: gl.constexpr, num_warps: gl.constexpr,
 ):
     BL: gl.constexpr = mbarrier.MBarrierLayout()
     KSH: gl.constexpr = gl.NVMMASharedLayout(D, 8, 2)
@@ -528,16 +433,16 @@ def _sage_hopper_fwd_kernel(
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=2)
     gl.warp_specialize([
-        (_consumer, (o_desc, v_scale_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
+        (_consumer, (o_desc, v_scale_ptr, v_rest_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
                      q_buf, k_buf, v_buf, o_buf, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                      stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
                      n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
-                     D, STAGES, QBUF, QREG, FP8, LISTS, 0)),
-        (_consumer, (o_desc, v_scale_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
+                     D, STAGES, QBUF, FP8, LISTS, SHIFT, LSE, 0)),
+        (_consumer, (o_desc, v_scale_ptr, v_rest_ptr, q_scale_ptr, scale_ptr, shift_ptr, lse_ptr, list_ptr, count_ptr,
                      q_buf, k_buf, v_buf, o_buf, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                      stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
                      n_tiles, tiles, heads, group, blocks_k, width, len_q, tail,
-                     D, STAGES, QBUF, QREG, FP8, LISTS, 1)),
+                     D, STAGES, QBUF, FP8, LISTS, SHIFT, LSE, 1)),
         (_producer, (q_desc, k_desc, v_desc, list_ptr, count_ptr, q_buf, k_buf, v_buf,
                      q_full, q_empty, k_full, k_empty, v_full, v_empty,
                      stride_list_b, stride_list_h, stride_list_q, stride_count_b, stride_count_h,
@@ -563,7 +468,7 @@ def launch_hopper_forward(
     quantised: QuantisedTensors, v, out, lse, *, blocks=None, counts=None, even_rows: bool = True,
     config: HopperConfig | None = None, multiprocessors: int | None = None,
 ):
-    """Fill out [B, S_q, H, D] and lse [B, H, S_q], both contiguous; see `kernels.hopper_reasons` for what it takes.
+    """Fill out [B, S_q, H, D] and lse [B, H, S_q], both contiguous; lse None = not wanted. See `kernels.hopper_reasons`.
 
     v: [B, S_k, H_kv, D], read where there are no 8-bit values. blocks, counts: int32 lists for tiles of 128 queries, or None.
     even_rows: whether all counts are about equal. multiprocessors: programs of the persistent grid; None = the card's.
@@ -586,9 +491,11 @@ def launch_hopper_forward(
     return _sage_hopper_fwd_kernel[(programs,)](
         _rows_descriptor(quantised.q8, 64), _rows_descriptor(quantised.k8, 64),
         _rows_descriptor(quantised.v8, d_pad) if fp8 else _half_descriptor(v, 64), _half_descriptor(out, d_pad),
-        quantised.v_scale if fp8 else quantised.k_scale, quantised.q_scale, scales, quantised.lse_shift, lse,
+        quantised.v_scale if fp8 else quantised.k_scale, quantised.v_rest if fp8 else quantised.k_scale, quantised.q_scale,
+        scales, out if lse is None else quantised.lse_shift, out if lse is None else lse,
         quantised.q_scale if blocks is None else blocks, quantised.q_scale if counts is None else counts,
         *strides, n_tiles, tiles, heads, heads // heads_k, blocks_k, width, len_q, len_k - (blocks_k - 1) * 64,
-        D=d_pad, STAGES=config.stages, QBUF=config.query_buffers, QREG=config.query_registers,
-        FP8=fp8, LISTS=blocks is not None, CREGS=CONSUMER_REGISTERS, num_warps=4,
+        D=d_pad, STAGES=config.stages, QBUF=config.query_buffers,
+        FP8=fp8, LISTS=blocks is not None, SHIFT=P_SHIFT if fp8 else 0.0, LSE=lse is not None, CREGS=CONSUMER_REGISTERS,
+        num_warps=4,
     )

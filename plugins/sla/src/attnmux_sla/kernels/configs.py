@@ -8,13 +8,15 @@ class StreamConfig:
     """A kernel that streams tokens once.
 
     tile: tokens per step. warps, stages: of the kernel. split: tokens of one program, a multiple of 256; each program of a
-    reduction writes one partial state.
+    reduction writes one partial state. registers: of a thread at most, so that two programs share a multiprocessor; None =
+    as many as it takes.
     """
 
     tile: int
     warps: int
     stages: int = 1
     split: int = 1024
+    registers: int | None = None
 
 
 @dataclass(frozen=True)

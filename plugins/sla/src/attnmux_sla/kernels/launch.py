@@ -41,15 +41,16 @@ def pool(x: torch.Tensor, block: int) -> torch.Tensor:
     return pooled
 
 
-def _reduce(part: torch.Tensor, part_mass: torch.Tensor, pairs: int, head_dim: int):
-    """Sums over the parts [pairs, parts, D_PAD, D_PAD] and [pairs, parts, D_PAD]."""
+def _reduce(part: torch.Tensor, part_mass: torch.Tensor, pairs: int, head_dim: int, part_range: torch.Tensor | None = None):
+    """Sums over the parts [pairs, parts, D_PAD, D_PAD] and [pairs, parts, D_PAD]; extremes over [pairs, parts, 2, D_PAD]."""
     d_pad = part.shape[-1]
     state = torch.empty(pairs, head_dim, head_dim, device=part.device, dtype=torch.float32)
     mass = torch.empty(pairs, head_dim, device=part.device, dtype=torch.float32)
+    extremes = torch.empty(pairs if part_range is not None else 0, 2, head_dim, device=part.device, dtype=torch.float32)
     linear._sla_reduce_kernel[(pairs, d_pad // REDUCE_ROWS)](
-        part, part_mass, state, mass, part.shape[1],
-        ROWS=REDUCE_ROWS, PARTS=REDUCE_PARTS, D=head_dim, D_PAD=d_pad, num_warps=4)
-    return state, mass
+        part, part_mass, part_mass if part_range is None else part_range, state, mass, extremes, part.shape[1],
+        ROWS=REDUCE_ROWS, PARTS=REDUCE_PARTS, D=head_dim, D_PAD=d_pad, RANGE=part_range is not None, num_warps=4)
+    return state, mass, extremes
 
 
 def _project(x, mass, weight, out, *, transposed: bool, scale: float = 1.0):
@@ -71,8 +72,8 @@ def _fold(state: torch.Tensor, mass: torch.Tensor, weight: torch.Tensor | None, 
     return _project(state, mass, weight, folded, transposed=True)
 
 
-def summarize_keys(k: torch.Tensor, v: torch.Tensor, block_k: int, feature_map: str):
-    """Pooled keys [B, H_kv, N_k, D], state [B, H_kv, D, D] and mass [B, H_kv, D], float32."""
+def summarize_keys(k: torch.Tensor, v: torch.Tensor, block_k: int, feature_map: str, needs_range: bool = False):
+    """Pooled keys [B, H_kv, N_k, D], state [B, H_kv, D, D], mass [B, H_kv, D], float32, and the range of v; see `reference`."""
     batch, length, heads, head_dim = k.shape
     config = _configs(k).summarize
     n_blocks, d_pad, pairs = triton.cdiv(length, block_k), triton.next_power_of_2(head_dim), batch * heads
@@ -81,16 +82,19 @@ def summarize_keys(k: torch.Tensor, v: torch.Tensor, block_k: int, feature_map: 
     n_splits = triton.cdiv(n_blocks, blocks_per_split)
     part = torch.empty(pairs, n_splits, d_pad, d_pad, device=k.device, dtype=torch.float32)
     part_mass = torch.empty(pairs, n_splits, d_pad, device=k.device, dtype=torch.float32)
+    part_range = torch.empty(pairs, n_splits, 2, d_pad, device=k.device, dtype=torch.float32) if needs_range else None
     # A stage holds a whole block of k and of v in shared memory.
     stages = max(1, config.stages * 64 // block_k)
     with torch.cuda.device_of(k):
         linear._sla_summarize_kernel[(pairs * n_splits,)](
-            k, v, pooled, part, part_mass, *k.stride()[:3], *v.stride()[:3],
+            k, v, pooled, part, part_mass, part_mass if part_range is None else part_range, *k.stride()[:3], *v.stride()[:3],
             heads, pairs, length, n_blocks, n_splits, blocks_per_split,
             BLOCK=block_k, TILE=min(block_k, config.tile), D=head_dim, D_PAD=d_pad, FEATURE_MAP=feature_map,
-            PHI_SCALE=SOFTMAX_SCALE if feature_map == "softmax" else 1, STAGES=stages, num_warps=config.warps)
-        state, mass = _reduce(part, part_mass, pairs, head_dim)
-    return pooled, state.view(batch, heads, head_dim, head_dim), mass.view(batch, heads, head_dim)
+            PHI_SCALE=SOFTMAX_SCALE if feature_map == "softmax" else 1, RANGE=needs_range, STAGES=stages, num_warps=config.warps,
+            maxnreg=config.registers)
+        state, mass, extremes = _reduce(part, part_mass, pairs, head_dim, part_range)
+    shape = (batch, heads, 2, head_dim) if needs_range else (0, 2, head_dim)
+    return pooled, state.view(batch, heads, head_dim, head_dim), mass.view(batch, heads, head_dim), extremes.view(shape)
 
 
 def add_linear_branch(q, sparse, state, mass, weight, bias, feature_map: str) -> torch.Tensor:
@@ -130,7 +134,7 @@ def linear_backward(dout, q, k, v, state, mass, weight, feature_map: str, sparse
             STAGES=config.stages, num_warps=config.warps)
         # The query heads of a key head lie side by side, so their parts are just more parts.
         parts = heads // heads_k * n_splits
-        gathered, taken = _reduce(part.view(pairs_k, parts, d_pad, d_pad), part_taken.view(pairs_k, parts, d_pad),
+        gathered, taken, _ = _reduce(part.view(pairs_k, parts, d_pad, d_pad), part_taken.view(pairs_k, parts, d_pad),
                                   pairs_k, head_dim)
         spread = torch.empty(pairs_k, d_pad, d_pad, device=q.device, dtype=q.dtype)
         _project(gathered, None, weight, spread, transposed=False, scale=1 / SPREAD_SCALE)

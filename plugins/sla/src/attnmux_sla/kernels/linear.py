@@ -15,14 +15,15 @@ from attnmux_blocksparse.kernels.forward import load_tile, store_tile
 
 
 @triton.jit
-def apply_feature_map(x, D: tl.constexpr, D_PAD: tl.constexpr, FEATURE_MAP: tl.constexpr):
-    """Phi of rows x [ROWS, D_PAD] in float32; zeros in the padding of D."""
+def apply_feature_map(x, D: tl.constexpr, D_PAD: tl.constexpr, FEATURE_MAP: tl.constexpr, SCALE: tl.constexpr = 1):
+    """Phi of rows x [ROWS, D_PAD] in float32, times SCALE for softmax; zeros in the padding of D."""
     offs_d = tl.arange(0, D_PAD)
     if FEATURE_MAP == "softmax":
         if D_PAD != D:
             x = tl.where((offs_d < D)[None, :], x, float("-inf"))
-        phi = tl.exp(x - tl.max(x, 1)[:, None])
-        phi = phi / tl.sum(phi, 1)[:, None]
+        # exp2 and one division a row: both exp and a quotient are several instructions each.
+        phi = tl.exp2((x - tl.max(x, 1)[:, None]) * 1.4426950408889634)
+        phi = phi * (SCALE / tl.sum(phi, 1))[:, None]
     elif FEATURE_MAP == "elu":
         phi = tl.where(x <= 0, tl.exp(tl.minimum(x, 0.0)), x + 1.0)
     else:
@@ -63,11 +64,11 @@ def _sla_pool_kernel(
 
 @triton.jit(do_not_specialize=["n_heads", "n_pairs", "length", "n_blocks", "n_splits", "blocks_per_split"])
 def _sla_summarize_kernel(
-    k_ptr, v_ptr, pooled_ptr, part_ptr, part_mass_ptr,
+    k_ptr, v_ptr, pooled_ptr, part_ptr, part_mass_ptr, part_range_ptr,
     stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     n_heads, n_pairs, length, n_blocks, n_splits, blocks_per_split,
     BLOCK: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, FEATURE_MAP: tl.constexpr,
-    PHI_SCALE: tl.constexpr, STAGES: tl.constexpr,
+    PHI_SCALE: tl.constexpr, RANGE: tl.constexpr, STAGES: tl.constexpr,
 ):
     pair = tl.program_id(0) % n_pairs
     split = tl.program_id(0) // n_pairs
@@ -78,7 +79,11 @@ def _sla_summarize_kernel(
     first = split * blocks_per_split
     last = tl.minimum(first + blocks_per_split, n_blocks)
     state = tl.zeros([D_PAD, D_PAD], tl.float32)
-    mass = tl.zeros([TILE, D_PAD], tl.float32)
+    # Rows that a thread holds several of are joined at once.
+    mass = tl.zeros([16, D_PAD], tl.float32)
+    if RANGE:
+        highest = tl.full([16, D_PAD], float("-inf"), tl.float32)
+        lowest = tl.full([16, D_PAD], float("inf"), tl.float32)
     for block in tl.range(first, last, num_stages=STAGES):
         total = tl.zeros([D_PAD], tl.float32)
         for sub in tl.static_range(BLOCK // TILE):
@@ -87,25 +92,37 @@ def _sla_summarize_kernel(
             v = load_tile(None, v_ptr, batch, head, row, length, stride_v_b, stride_v_s, stride_v_h, TILE, D, D_PAD, False)
             x = k.to(tl.float32)
             total += tl.sum(x, 0)
-            phi = apply_feature_map(x, D, D_PAD, FEATURE_MAP)
-            phi = tl.where((row + offs_r < length)[:, None], phi, 0.0)
-            mass += phi
-            state = tl.dot((phi * PHI_SCALE).to(v.dtype).T, v, state)
+            phi = apply_feature_map(x, D, D_PAD, FEATURE_MAP, PHI_SCALE)
+            is_row = (row + offs_r < length)[:, None]
+            phi = tl.where(is_row, phi, 0.0)
+            mass += tl.sum(phi.reshape(TILE // 16, 16, D_PAD), 0)
+            if RANGE:
+                v_ = v.to(tl.float32)
+                high, low = tl.where(is_row, v_, float("-inf")), tl.where(is_row, v_, float("inf"))
+                highest = tl.maximum(highest, tl.max(high.reshape(TILE // 16, 16, D_PAD), 0))
+                lowest = tl.minimum(lowest, tl.min(low.reshape(TILE // 16, 16, D_PAD), 0))
+            state = tl.dot(phi.to(v.dtype).T, v, state)
         size = tl.minimum(BLOCK, length - block * BLOCK)
         at = (pair.to(tl.int64) * n_blocks + block) * D + offs_d
         tl.store(pooled_ptr + at, total / size.to(tl.float32), mask=offs_d < D)
     slot = pair.to(tl.int64) * n_splits + split
     tile = offs_d[:, None] * D_PAD + offs_d[None, :]
     tl.store(part_ptr + slot * D_PAD * D_PAD + tile, state * (1.0 / PHI_SCALE))
-    tl.store(part_mass_ptr + slot * D_PAD + offs_d, tl.sum(mass, 0))
+    tl.store(part_mass_ptr + slot * D_PAD + offs_d, tl.sum(mass, 0) * (1.0 / PHI_SCALE))
+    if RANGE:
+        tl.store(part_range_ptr + slot * 2 * D_PAD + offs_d, tl.max(highest, 0))
+        tl.store(part_range_ptr + (slot * 2 + 1) * D_PAD + offs_d, tl.min(lowest, 0))
 
 
 @triton.jit(do_not_specialize=["n_parts"])
 def _sla_reduce_kernel(
-    part_ptr, part_mass_ptr, state_ptr, mass_ptr, n_parts,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    part_ptr, part_mass_ptr, part_range_ptr, state_ptr, mass_ptr, range_ptr, n_parts,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, RANGE: tl.constexpr,
 ):
-    """Add up the partial states [n_parts, D_PAD, D_PAD] and masses [n_parts, D_PAD] of a head, some rows a program."""
+    """Add up the partial states [n_parts, D_PAD, D_PAD] and masses [n_parts, D_PAD] of a head, some rows a program.
+
+    The first program of a head also takes the extremes over the partial ones [n_parts, 2, D_PAD].
+    """
     pair = tl.program_id(0).to(tl.int64)
     offs_p = tl.arange(0, PARTS)
     offs_d = tl.arange(0, D_PAD)
@@ -122,6 +139,17 @@ def _sla_reduce_kernel(
     at = (pair * D + rows[:, None]) * D + offs_d[None, :]
     tl.store(state_ptr + at, state, mask=(rows < D)[:, None] & (offs_d < D)[None, :])
     tl.store(mass_ptr + pair * D + rows, mass, mask=rows < D)
+    if RANGE:
+        if tl.program_id(1) == 0:
+            highest = tl.full([D_PAD], float("-inf"), tl.float32)
+            lowest = tl.full([D_PAD], float("inf"), tl.float32)
+            for begin in range(0, n_parts, PARTS):
+                is_in = (begin + offs_p < n_parts)[:, None]
+                of_part = part_range_ptr + (pair * n_parts + begin + offs_p)[:, None] * 2 * D_PAD + offs_d[None, :]
+                highest = tl.maximum(highest, tl.max(tl.load(of_part, mask=is_in, other=float("-inf")), 0))
+                lowest = tl.minimum(lowest, tl.min(tl.load(of_part + D_PAD, mask=is_in, other=float("inf")), 0))
+            tl.store(range_ptr + pair * 2 * D + offs_d, highest, mask=offs_d < D)
+            tl.store(range_ptr + (pair * 2 + 1) * D + offs_d, lowest, mask=offs_d < D)
 
 
 @triton.jit
@@ -198,7 +226,7 @@ def _sla_finish_kernel(
     sparse = load_tile(None, sparse_ptr, batch, head, row, len_q, stride_sparse_b, stride_sparse_s, stride_sparse_h,
                        TILE, D, D_PAD, False)
     share = apply_feature_map(q.to(tl.float32), D, D_PAD, FEATURE_MAP) * mass[None, :]
-    share = share / (tl.sum(share, 1) + eps)[:, None]
+    share = share * (1.0 / (tl.sum(share, 1) + eps))[:, None]
     out = tl.dot(share.to(q.dtype), folded) + sparse.to(tl.float32)
     if HAS_BIAS:
         out += tl.load(bias_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)[None, :]
