@@ -131,8 +131,8 @@ def test_pairs_are_sorted_by_chunk_and_token(name):
         pairs = sort.sort_pairs(words, chunks, topk)
         lists, counts = sort.tile_lists(pairs, 3, 2)
         offsets, entries, order = sort.transposed_lists(pairs, 3, 2)
-    assert torch.equal(pairs.sizes[:, :, 0], chosen.sum(-1).int())
-    assert (pairs.crowded == 0).all()
+    assert torch.equal(pairs.sizes[:, :, :, 0], chosen.sum(-1).int().expand(2, -1, -1, -1))
+    assert (pairs.walks == 0).all()
     assert torch.equal(pairs.raster, from_chunk_order_place(chunks))
     for b in range(chosen.shape[0]):
         for h in range(chosen.shape[1]):
@@ -216,25 +216,59 @@ def test_indexed_attention_agrees_with_the_reference(name):
     check(q, k, v, words, chunks, topk, launch._indexed_forward, launch._indexed_backward)
 
 
-@pytest.mark.parametrize(("name", "threshold", "share", "least_kept", "crowded"), [
+@pytest.fixture
+def found_pairs(monkeypatch):
+    """What was sorted, call by call."""
+    found = []
+    sort_pairs = sort.sort_pairs
+    monkeypatch.setattr(sort, "sort_pairs", lambda *x, **y: found.append(sort_pairs(*x, **y)) or found[-1])
+    return found
+
+
+def which_are_walked(pairs, chunks):
+    """Of the ranges that hold tokens: "none", "some" or "all"."""
+    share = float((pairs.walks[:, :, : -(-chunks.length // sort.TILE)] > 0).float().mean())
+    return {0.0: "none", 1.0: "all"}.get(share, "some")
+
+
+@pytest.mark.parametrize(("name", "threshold", "share", "least_kept", "walked"), [
     ("st_many", 0.35, 1e9, 99, "none"), ("st", 0.35, 0.0, 99, "none"), ("temporal_short_last", 0.6, 0.0, 1, "some"),
-    ("spatial", 0.6, 1e9, 1, "all"),
+    ("spatial", 0.6, 1e9, 1, "all"), ("st", 1.0, 1e9, 1, "some"),
 ])  # fmt: skip
-def test_queries_may_keep_different_numbers_of_chunks(name, threshold, share, least_kept, crowded, monkeypatch):
-    """Heads of one unit (share 1e9) and of several, and units without room for their pairs, included."""
+def test_queries_may_keep_different_numbers_of_chunks(name, threshold, share, least_kept, walked, monkeypatch, found_pairs):
+    """Heads of one unit (share 1e9) and of several, and ranges without room for their pairs, included."""
     q, k, v, chunks, _ = make(name)
     words = reference.select_bits(q, k, chunks, Selection("threshold", threshold=threshold))
     for variable, value in (
-        ("LEAST_KEPT", least_kept), ("LEAST_UNIT", 64), ("FORWARD_SHARE", share), ("BACKWARD_SHARE", share)
+        ("LEAST_KEPT", least_kept), ("LEAST_UNIT", 64), ("FORWARD_SHARE", share), ("BACKWARD_SHARE", share),
+        ("FORWARD_WASTE", 0.0), ("BACKWARD_WASTE", 0.0),
     ):  # fmt: skip
         monkeypatch.setattr(launch, variable, value)
-    found = []
-    sort_pairs = sort.sort_pairs
-    monkeypatch.setattr(sort, "sort_pairs", lambda *x: found.append(sort_pairs(*x)) or found[-1])
     check(q, k, v, words, chunks, 0, launch._indexed_forward, launch._indexed_backward)
-    assert (found[0].per_head > 1) == (share == 0.0)
-    share_crowded = float(found[0].crowded.float().mean())
-    assert {0.0: "none", 1.0: "all"}.get(share_crowded, "some") == crowded
+    assert (found_pairs[0].per_head > 1) == (share == 0.0)
+    assert [which_are_walked(pairs, chunks) for pairs in found_pairs] == [walked, walked]
+
+
+@pytest.mark.parametrize("walked", ["some", "all"])
+@pytest.mark.parametrize("threshold", [None, 0.4])
+@pytest.mark.parametrize("name", ["temporal_short_last", "temporal_short_last_in_place", "spatial", "st", "st_many"])
+def test_walked_ranges_agree_with_the_reference(name, threshold, walked, monkeypatch, found_pairs):
+    """Every second range of 128 queries agrees but for two of them; then those that do not agree are walked too."""
+    q, k, v, chunks, how = make(name)
+    in_order = to_chunk_order(q, chunks).clone()
+    for first in range(0, chunks.length, 2 * sort.TILE):
+        in_order[:, first + 2 : first + sort.TILE] = in_order[:, first : first + 1]
+    q = from_chunk_order(in_order, chunks)
+    how = how if threshold is None else Selection("threshold", threshold=threshold)
+    words = reference.select_bits(q, k, chunks, how)
+    by_range = [x.sum(3) for x in unpack_bits(words, chunks.num_chunks).split(sort.TILE, 3)]
+    wastes = [((x > 0).sum(2) * sort.TILE / x.sum(2)) for x in by_range]
+    middle = (float(min(x.min() for x in wastes)) + float(max(x.max() for x in wastes))) / 2
+    for variable in ("FORWARD_WASTE", "BACKWARD_WASTE"):
+        monkeypatch.setattr(launch, variable, middle if walked == "some" else 1e9)
+    topk = min(how.topk, chunks.num_chunks) if threshold is None else 0
+    check(q, k, v, words, chunks, topk, launch._indexed_forward, launch._indexed_backward)
+    assert [which_are_walked(pairs, chunks) for pairs in found_pairs] == [walked, walked]
 
 
 @pytest.mark.parametrize("path", ["gathered", "indexed"])

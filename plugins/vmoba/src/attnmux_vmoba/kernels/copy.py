@@ -136,7 +136,7 @@ def _vmoba_merge_kernel(
         part = load_rows(part_ptr, rows, is_pair, D, D, D_PAD)
         acc += share[:, None] * part.to(tl.float32)
         weight += share
-    # a token without pairs is one of a crowded unit, or none
+    # a token without pairs is one of a walked range, or none
     is_done = n > 0
     raster = tl.load(raster_ptr + token, mask=is_done, other=0)
     out_ptr += bh // n_heads * stride_out_b + bh % n_heads * stride_out_h
@@ -201,16 +201,16 @@ def gather_for_backward(q, dout, out, lse, pairs, first_unit, q_dst, do_dst, sta
 
 def _launch_gather(q, dout, out, lse, pairs, first_unit, q_dst, do_dst, stats):
     S, heads, D = q.shape[1:]
-    C = pairs.sizes.shape[3]
+    C = pairs.starts.shape[3]
     n_token_blocks = triton.cdiv(S, ROWS)
     for_backward = dout is not None
     if not for_backward:
         dout = out = q
-        lse, do_dst, lse2, delta = pairs.sizes, q_dst, q_dst[0], q_dst[0]
+        lse, do_dst, lse2, delta = pairs.starts, q_dst, q_dst[0], q_dst[0]
     else:
         lse2, delta = stats.unbind(0)
     _vmoba_gather_kernel[(n_token_blocks + (C if for_backward else 0), q_dst.shape[0])](
-        q, dout, out, lse, pairs.firsts, pairs.rows, pairs.raster, pairs.sizes, pairs.starts, q_dst, do_dst, lse2, delta,
+        q, dout, out, lse, pairs.firsts, pairs.rows, pairs.raster, pairs.sizes[0], pairs.starts, q_dst, do_dst, lse2, delta,
         *q.stride()[:3], *dout.stride()[:3], *out.stride()[:3],
         first_unit, heads, n_token_blocks, pairs.unit_tokens, pairs.rows.shape[3], q_dst.shape[1], lse2.shape[1], C, S,
         FOR_BACKWARD=for_backward, ROWS=ROWS, TILE=128, D=D, D_PAD=triton.next_power_of_2(D), num_warps=4)
@@ -219,7 +219,7 @@ def _launch_gather(q, dout, out, lse, pairs, first_unit, q_dst, do_dst, stats):
 def merge_parts(parts, part_lse, pairs, first_unit, out, lse) -> None:
     """Merge what the units from `first_unit` on hold in parts `[units, n_rows, D]` and their LSE, by the LSE.
 
-    Fills their rows of out `[B, S, H, D]`, raster order, and of lse `[B, H, S]`, chunk order. Crowded units are left alone.
+    Fills their rows of out `[B, S, H, D]`, raster order, and of lse `[B, H, S]`, chunk order. Walked ranges are left alone.
     """
     _launch_over_pairs(_vmoba_merge_kernel, (parts, part_lse), pairs, first_unit, (out, lse))
 

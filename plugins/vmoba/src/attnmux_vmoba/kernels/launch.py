@@ -5,6 +5,9 @@ vain. Large chunks: queries are gathered to the rows of their pairs, and the blo
 ones: kernels of this plugin read rows by index (`_indexed_*`). Partial outputs are merged by their log-sum-exps; the backward pass
 takes the merged output and log-sum-exp, with which the gradients of every part are exact, and sums dQ over the parts.
 
+Ranges of queries that agree on their chunks are not sorted but walked, without partial outputs, by the kernels by index. The device
+decides, and both ways are always launched: programs without work end at once.
+
 Heads are taken in slices, so that what is gathered, or partial, stays small next to q, k, v and the output.
 """
 
@@ -24,9 +27,14 @@ from attnmux_vmoba.kernels.configs import attend_configs
 FORWARD_SHARE = 0.33
 BACKWARD_SHARE = 0.57
 
-# From this many tokens a chunk on the operator runs on gathered rows; reading by index spares the host the launches of copies.
-# H100, forward, 12 heads, operator / by index: chunks of 1,920 3.2 / 3.5 ms; of 384 9.2 / 3.2 ms (in a CUDA graph 3.0 / 3.2).
-OPERATOR_CHUNK_TOKENS = 1024
+# From this many tokens a chunk on the operator runs on gathered rows, in the forward and the backward pass. Reading by index spares
+# the host the launches of copies, and only there ranges are walked.
+FORWARD_OPERATOR_TOKENS = 4096
+BACKWARD_OPERATOR_TOKENS = 1024
+
+# A range is walked where that computes at most so many times the scores of its pairs.
+FORWARD_WASTE = 1.5
+BACKWARD_WASTE = 1.2
 
 # Where queries keep different numbers of chunks there is room for a quarter of all pairs, and for this many a query at least.
 LEAST_KEPT = 8
@@ -135,7 +143,8 @@ def attention_forward(q, k, v, words, chunks, topk: int, softmax_scale: float):
     """
     topk = min(topk, chunks.num_chunks)
     budget = _budget(q, k, FORWARD_SHARE * 2)
-    forward = _gathered_forward if takes_operator(q, chunks, topk, budget) else _indexed_forward
+    is_gathered = takes_operator(q, chunks, topk, budget, FORWARD_OPERATOR_TOKENS)
+    forward = _gathered_forward if is_gathered else _indexed_forward
     with torch.cuda.device(q.device):
         return forward(q, k, v, words, chunks, topk, softmax_scale)
 
@@ -145,23 +154,25 @@ def _budget(q, k, share: float) -> float:
     return share * (q.numel() + k.numel()) * q.element_size()
 
 
-def takes_operator(q, chunks, topk: int, budget: float) -> bool:
+def takes_operator(q, chunks, topk: int, budget: float, least_tokens: int) -> bool:
     """Whether the block-sparse operator runs on gathered rows, rather than the kernels that read by index.
 
     It needs room for every pair of a head, also where queries keep different numbers of chunks.
     """
     rows = q.shape[1] * (topk or chunks.num_chunks)
-    return chunks.chunk_tokens >= OPERATOR_CHUNK_TOKENS and (topk > 0 or rows * q.shape[3] * q.element_size() <= budget)
+    return chunks.chunk_tokens >= least_tokens and (topk > 0 or rows * q.shape[3] * q.element_size() <= budget)
 
 
-def _plan(q, words, chunks, topk: int, row_bytes: int, budget: float):
-    """Sorted pairs, and the units of a slice whose rows, of `row_bytes` each, fit the budget."""
-    C, heads = chunks.num_chunks, q.shape[0] * q.shape[2]
+def _plan(q, words, chunks, topk: int, row_bytes: int, budget: float, most_waste: float, *, orders_walked: bool):
+    """Sorted pairs, and the units of a slice whose rows, of `row_bytes` each, fit the budget beside the tables of the sort."""
+    C, heads, S = chunks.num_chunks, q.shape[0] * q.shape[2], q.shape[1]
     kept = topk or min(C, max(LEAST_KEPT, -(-C // 4)))
-    per_head = (q.shape[1] * kept + C * sort.TILE) * row_bytes
+    per_head = S * kept + C * sort.TILE
+    # the rows of all pairs, and the queries of all rows, as 4 bytes each
+    budget = max(budget - heads * per_head * 8, budget / 4)
     # top-k never splits a head: more units are more padding, and no smaller a number of slices
-    units = 1 if topk else max(1, min(-(-int(per_head) // max(1, int(budget))), -(-q.shape[1] // LEAST_UNIT)))
-    pairs = sort.sort_pairs(words, chunks, kept, units)
+    units = 1 if topk else max(1, min(-(-per_head * row_bytes // max(1, int(budget))), -(-S // LEAST_UNIT)))
+    pairs = sort.sort_pairs(words, chunks, kept, units, most_waste, orders_walked=orders_walked)
     fitting = max(1, int(budget / (pairs.tiles * sort.TILE * row_bytes)))
     slices = -(-heads * units // fitting)
     return pairs, -(-heads * units // slices)
@@ -170,20 +181,20 @@ def _plan(q, words, chunks, topk: int, row_bytes: int, budget: float):
 def _indexed_forward(q, k, v, words, chunks, topk, softmax_scale):
     B, S, heads, D = q.shape
     budget = _budget(q, k, FORWARD_SHARE * 2)
-    pairs, per_slice = _plan(q, words, chunks, topk, D * q.element_size() + 4, budget)
+    row_bytes = D * q.element_size() + 4
+    pairs, per_slice = _plan(q, words, chunks, topk, row_bytes, budget, FORWARD_WASTE, orders_walked=False)
     tiles, config = sort.describe_tiles(pairs), attend_configs(triton.next_power_of_2(D)).forward
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     lse = torch.empty(B, heads, S, device=q.device, dtype=torch.float32)
+    options = {"softmax_scale": softmax_scale, "config": config}
+    attend.launch_walk(q, k, v, words, pairs, out, lse, chunks, **options)
     n_rows = pairs.tiles * sort.TILE
     parts = torch.empty(per_slice, n_rows, D, device=q.device, dtype=q.dtype)
     part_lse = torch.empty(per_slice, n_rows, device=q.device, dtype=torch.float32)
-    options = {"softmax_scale": softmax_scale, "config": config}
     for first in range(0, pairs.units, per_slice):
         used = slice(0, min(per_slice, pairs.units - first))
-        attend.launch_parts(q, k, v, words, pairs, tiles, parts[used], part_lse[used], first, chunks, **options)
+        attend.launch_parts(q, k, v, pairs, tiles, parts[used], part_lse[used], first, chunks, **options)
         copy.merge_parts(parts[used], part_lse[used], pairs, first, out, lse)
-    if not topk:
-        attend.launch_crowded(q, k, v, words, pairs, out, lse, chunks, **options)
     return out, lse
 
 
@@ -232,7 +243,8 @@ def attention_backward(dout, q, k, v, out, lse, words, chunks, topk: int, softma
     topk = min(topk, chunks.num_chunks)
     # gathered are queries and their gradients
     budget = _budget(q, k, BACKWARD_SHARE * 4) / 2
-    backward = _gathered_backward if takes_operator(q, chunks, topk, budget) else _indexed_backward
+    is_gathered = takes_operator(q, chunks, topk, budget, BACKWARD_OPERATOR_TOKENS)
+    backward = _gathered_backward if is_gathered else _indexed_backward
     with torch.cuda.device(q.device):
         return backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scale)
 
@@ -240,22 +252,22 @@ def attention_backward(dout, q, k, v, out, lse, words, chunks, topk: int, softma
 def _indexed_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scale):
     D = q.shape[3]
     budget = _budget(q, k, BACKWARD_SHARE * 4)
-    pairs, per_slice = _plan(q, words, chunks, topk, D * q.element_size(), budget)
+    row_bytes = D * q.element_size()
+    pairs, per_slice = _plan(q, words, chunks, topk, row_bytes, budget, BACKWARD_WASTE, orders_walked=True)
     tiles, configs = sort.describe_tiles(pairs), attend_configs(triton.next_power_of_2(D))
     stats = differentiate.launch_stats(out, dout, lse, pairs)
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
     differentiate.launch_dkdv(
-        q, k, v, dout, stats, words, pairs, sort.rank_chunks(pairs), dk, dv, chunks,
-        softmax_scale=softmax_scale, config=configs.dkdv, may_crowd=not topk,
+        q, k, v, dout, stats, words, pairs, dk, dv, chunks,
+        softmax_scale=softmax_scale, config=configs.dkdv, may_overflow=not topk,
     )  # fmt: skip
-    parts = torch.empty(per_slice, pairs.tiles * sort.TILE, D, device=q.device, dtype=q.dtype)
     options = {"softmax_scale": softmax_scale, "config": configs.dq}
+    differentiate.launch_dq_walk(q, k, v, dout, stats, words, pairs, dq, chunks, **options)
+    parts = torch.empty(per_slice, pairs.tiles * sort.TILE, D, device=q.device, dtype=q.dtype)
     for first in range(0, pairs.units, per_slice):
         used = parts[: min(per_slice, pairs.units - first)]
-        differentiate.launch_dq_parts(q, k, v, dout, stats, words, pairs, tiles, used, first, chunks, **options)
+        differentiate.launch_dq_parts(q, k, v, dout, stats, pairs, tiles, used, first, chunks, **options)
         copy.sum_parts(used, pairs, first, dq)
-    if not topk:
-        differentiate.launch_crowded_dq(q, k, v, dout, stats, words, pairs, dq, chunks, **options)
     return dq, dk, dv
 
 
