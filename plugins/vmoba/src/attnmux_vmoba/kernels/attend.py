@@ -75,14 +75,23 @@ def is_member(word_ptr, chunk, token, is_row, length):
 
 @triton.jit
 def _add_keys(
-    acc, m, l, s, v_ptr, keys, is_key, stride_v_s, MASK_K: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    acc, m, l, s, keep, v_ptr, keys, is_key, stride_v_s, scale_log2, MASK_ROWS: tl.constexpr, MASK_K: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr,
 ):
-    """One step of the running softmax in base 2, over the scores s [TILE, BLOCK]."""
+    """One step of the running softmax in base 2 over products s [TILE, BLOCK]; scale_log2 >= 0. With MASK_ROWS for kept rows alone."""
+    # Scores are scaled in the exponent, by one instruction with the subtraction, wherever none is masked.
     if MASK_K:
-        s = tl.where(is_key[None, :], s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, 1))
+        s = tl.where(is_key[None, :], s * scale_log2, float("-inf"))
+        peak = tl.max(s, 1)
+    else:
+        peak = tl.max(s, 1) * scale_log2
+    m_new = tl.maximum(m, peak)
+    subtracted = m_new
+    if MASK_ROWS:
+        m_new = tl.where(keep, m_new, m)
+        subtracted = tl.where(keep, m_new, float("inf"))
+    p = tl.exp2(s - subtracted[:, None]) if MASK_K else tl.exp2(s * scale_log2 - subtracted[:, None])
     alpha = tl.exp2(m - m_new)
-    p = tl.exp2(s - m_new[:, None])
     l = l * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None]
     v = load_keys(v_ptr, keys, is_key, stride_v_s, MASK_K, D, D_PAD)
@@ -94,7 +103,7 @@ def _vmoba_fwd_kernel(
     q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, order_ptr, tile_ptr, raster_ptr,
     stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     first_unit, n_units, n_heads, n_rows, chunk_tokens, length, scale_log2,
-    GROUP: tl.constexpr, IS_RUN: tl.constexpr, MASK_K: tl.constexpr, TILE: tl.constexpr,
+    GROUP: tl.constexpr, NEGATE: tl.constexpr, IS_RUN: tl.constexpr, MASK_K: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr, FULL_TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STAGES: tl.constexpr,
 ):
     unit = (first_unit + tl.program_id(1)).to(tl.int64)
@@ -104,6 +113,8 @@ def _vmoba_fwd_kernel(
     if tl.max(is_row.to(tl.int32), 0) == 0:
         return
     q = load_rows(q_ptr + batch * stride_q_b + head * stride_q_h, raster, is_row, stride_q_s, D, D_PAD)
+    if NEGATE:
+        q = -q
     k_ptr += batch * stride_k_b + head // GROUP * stride_k_h
     v_ptr += batch * stride_v_b + head // GROUP * stride_v_h
     # A finite start keeps exp2(masked - maximum) at 0 where a whole step is masked; -inf - -inf would be NaN.
@@ -115,8 +126,8 @@ def _vmoba_fwd_kernel(
     for start in tl.range(0, n_keys, BLOCK, num_stages=STAGES):
         keys, is_key = key_rows(raster_ptr, first, start, n_keys, IS_RUN, MASK_K, BLOCK)
         k = load_keys(k_ptr, keys, is_key, stride_k_s, MASK_K, D, D_PAD)
-        s = tl.dot(q, k.T) * scale_log2
-        acc, m, l = _add_keys(acc, m, l, s, v_ptr, keys, is_key, stride_v_s, MASK_K, D, D_PAD)
+        acc, m, l = _add_keys(
+            acc, m, l, tl.dot(q, k.T), is_row, v_ptr, keys, is_key, stride_v_s, scale_log2, False, MASK_K, D, D_PAD)
     part_ptr += tl.program_id(1).to(tl.int64) * n_rows * D
     part_lse_ptr += tl.program_id(1).to(tl.int64) * n_rows
     store_rows(part_ptr, acc / l[:, None], numbers, is_row, D, D, D_PAD)
@@ -130,7 +141,7 @@ def _vmoba_fwd_walk_kernel(
     stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     stride_out_b, stride_out_s, stride_out_h,
     n_heads, n_ranges, n_chunks, n_words, chunk_blocks, chunk_tokens, length, scale_log2,
-    GROUP: tl.constexpr, IS_RUN: tl.constexpr, MASK_K: tl.constexpr, TILE: tl.constexpr,
+    GROUP: tl.constexpr, NEGATE: tl.constexpr, IS_RUN: tl.constexpr, MASK_K: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr, FULL_TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STAGES: tl.constexpr,
 ):
     bh = tl.program_id(1).to(tl.int64)
@@ -146,6 +157,8 @@ def _vmoba_fwd_walk_kernel(
     is_row = token < length
     raster = tl.load(raster_ptr + token, mask=is_row, other=0)
     q = load_rows(q_ptr + batch * stride_q_b + head * stride_q_h, raster, is_row, stride_q_s, D, D_PAD)
+    if NEGATE:
+        q = -q
     k_ptr += batch * stride_k_b + head // GROUP * stride_k_h
     v_ptr += batch * stride_v_b + head // GROUP * stride_v_h
     m = tl.full([TILE], -1e30, tl.float32)
@@ -156,10 +169,9 @@ def _vmoba_fwd_walk_kernel(
         chunk, keys, is_key = keys_of_step(
             walked_ptr, raster_ptr, i, chunk_blocks, chunk_tokens, length, IS_RUN, MASK_K, BLOCK)
         k = load_keys(k_ptr, keys, is_key, stride_k_s, MASK_K, D, D_PAD)
-        # added with the scaling, where a choice for every score would be one more instruction
-        bias = tl.where(is_member(word_ptr, chunk, token, is_row, length), 0.0, float("-inf"))
-        s = tl.dot(q, k.T) * scale_log2 + bias[:, None]
-        acc, m, l = _add_keys(acc, m, l, s, v_ptr, keys, is_key, stride_v_s, MASK_K, D, D_PAD)
+        keep = is_member(word_ptr, chunk, token, is_row, length)
+        acc, m, l = _add_keys(
+            acc, m, l, tl.dot(q, k.T), keep, v_ptr, keys, is_key, stride_v_s, scale_log2, True, MASK_K, D, D_PAD)
     out_ptr += batch * stride_out_b + head * stride_out_h
     store_rows(out_ptr, acc / l[:, None], raster, is_row, stride_out_s, D, D_PAD)
     tl.store(lse_ptr + bh * length + token, (m + tl.log2(l)) * 0.6931471805599453, mask=is_row)
@@ -171,8 +183,8 @@ def launch_parts(q, k, v, pairs, tiles, parts, part_lse, first_unit, chunks, *, 
     n_units, n_rows = parts.shape[:2]
     _vmoba_fwd_kernel[(n_rows // config.rows, n_units)](
         q, k, v, parts, part_lse, pairs.order, tiles, pairs.raster, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        first_unit, pairs.per_head, heads, n_rows, chunks.chunk_tokens, chunks.length, softmax_scale * LOG2_E,
-        GROUP=heads // k.shape[2], **chunk_constants(chunks, config.keys, D),
+        first_unit, pairs.per_head, heads, n_rows, chunks.chunk_tokens, chunks.length, abs(softmax_scale) * LOG2_E,
+        GROUP=heads // k.shape[2], NEGATE=softmax_scale < 0, **chunk_constants(chunks, config.keys, D),
         TILE=config.rows, FULL_TILE=FULL_TILE, STAGES=stages_over_keys(chunks, config), num_warps=config.warps)
 
 
@@ -182,7 +194,8 @@ def launch_walk(q, k, v, words, pairs, out, lse, chunks, *, softmax_scale, confi
     _vmoba_fwd_walk_kernel[(triton.cdiv(length, config.rows), batch * heads)](
         q, k, v, out, lse, pairs.walks, pairs.walked, pairs.raster, words,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        heads, *walk_arguments(pairs, words, chunks, config.keys), softmax_scale * LOG2_E, GROUP=heads // k.shape[2], **chunk_constants(chunks, config.keys, D),
+        heads, *walk_arguments(pairs, words, chunks, config.keys), abs(softmax_scale) * LOG2_E,
+        GROUP=heads // k.shape[2], NEGATE=softmax_scale < 0, **chunk_constants(chunks, config.keys, D),
         TILE=config.rows, FULL_TILE=FULL_TILE, STAGES=stages_over_keys(chunks, config), num_warps=config.warps)
 
 
