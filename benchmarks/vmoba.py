@@ -182,7 +182,9 @@ def main():
         write_rows(arguments.output, rows)
         for row in found:
             number = f"{row['median_ms']:.3f} ms" if row["median_ms"] else row["refused"][:200]
-            more = " ".join(f"{key} {row[key]:.2f}" for key in ("host_ms", "peak_mib", "union_ratio") if row.get(key) is not None)
+            more = " ".join(
+                f"{key} {row[key]:.2f}" for key in ("host_ms", "peak_mib", "union_ratio") if row.get(key) is not None
+            )
             what = " ".join(row[key] for key in ("case", "lists", "backend", "direction"))
             sys.stdout.write(f"{time.monotonic() - started:6.1f} s  {what}: {number} {more}\n")
         sys.stdout.flush()

@@ -235,7 +235,9 @@ def which_are_walked(pairs, chunks):
     ("st_many", 0.35, 1e9, 99, "none"), ("st", 0.35, 0.0, 99, "none"), ("temporal_short_last", 0.6, 0.0, 1, "some"),
     ("spatial", 0.6, 1e9, 1, "some"), ("st", 1.0, 1e9, 1, "all"),
 ])  # fmt: skip
-def test_queries_may_keep_different_numbers_of_chunks(name, threshold, share, least_kept, walked, monkeypatch, found_pairs):
+def test_queries_may_keep_different_numbers_of_chunks(
+    name, threshold, share, least_kept, walked, monkeypatch, found_pairs
+):
     """Heads of one unit (share 1e9) and of several, and ranges without room for their pairs, included."""
     q, k, v, chunks, _ = make(name)
     words = reference.select_bits(q, k, chunks, Selection("threshold", threshold=threshold))

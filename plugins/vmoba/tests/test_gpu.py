@@ -163,7 +163,9 @@ def test_thresholds_agree_with_the_dense_mask(name, least_kept, monkeypatch):
 
 @pytest.mark.parametrize("waste", [1.3, 1e9])
 @pytest.mark.parametrize("mode", ["topk", "threshold"])
-@pytest.mark.parametrize("name", ["temporal_in_place", "temporal_end", "spatial", "st", "st_many_chunks", "head_80", "head_256"])
+@pytest.mark.parametrize(
+    "name", ["temporal_in_place", "temporal_end", "spatial", "st", "st_many_chunks", "head_80", "head_256"]
+)
 def test_walked_ranges_agree_with_the_dense_mask(name, mode, waste, monkeypatch):
     """Every second range of 128 queries agrees but for two; then those that do not agree are walked too."""
     from attnmux_vmoba.kernels import launch
