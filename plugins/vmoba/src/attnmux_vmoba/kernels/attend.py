@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from attnmux_vmoba.kernels.configs import AttendConfig
-from attnmux_vmoba.kernels.geometry import load_rows, store_rows
+from attnmux_vmoba.kernels.geometry import is_wide, load_rows, offsets_of, store_rows
 
 LOG2_E = 1.4426950408889634
 # rows of a tile of `sort`, queries of a range
@@ -45,12 +45,12 @@ def key_rows(raster_ptr, first, start, n_keys, IS_RUN: tl.constexpr, MASK_K: tl.
 
 
 @triton.jit
-def load_keys(ptr, keys, is_key, stride_s, MASK_K: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+def load_keys(ptr, keys, is_key, stride_s, MASK_K: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDE: tl.constexpr):
     """Rows of keys or values; only masked where something can be missing."""
     if MASK_K or D_PAD != D:
-        rows = load_rows(ptr, keys, is_key, stride_s, D, D_PAD)
+        rows = load_rows(ptr, keys, is_key, stride_s, D, D_PAD, WIDE)
     else:
-        rows = tl.load(ptr + keys.to(tl.int64)[:, None] * stride_s + tl.arange(0, D_PAD)[None, :])
+        rows = tl.load(ptr + offsets_of(keys, stride_s, WIDE)[:, None] + tl.arange(0, D_PAD)[None, :])
     return rows
 
 
@@ -76,7 +76,7 @@ def is_member(word_ptr, chunk, token, is_row, length):
 @triton.jit
 def _add_keys(
     acc, m, l, s, keep, v_ptr, keys, is_key, stride_v_s, scale_log2, MASK_ROWS: tl.constexpr, MASK_K: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, WIDE: tl.constexpr,
 ):
     """One step of the running softmax in base 2 over products s [TILE, BLOCK]; scale_log2 >= 0. With MASK_ROWS for kept rows alone."""
     # Scores are scaled in the exponent, by one instruction with the subtraction, wherever none is masked.
@@ -94,7 +94,7 @@ def _add_keys(
     alpha = tl.exp2(m - m_new)
     l = l * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None]
-    v = load_keys(v_ptr, keys, is_key, stride_v_s, MASK_K, D, D_PAD)
+    v = load_keys(v_ptr, keys, is_key, stride_v_s, MASK_K, D, D_PAD, WIDE)
     return tl.dot(p.to(v.dtype), v, acc), m_new, l
 
 
@@ -104,7 +104,7 @@ def _vmoba_fwd_kernel(
     stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     first_unit, n_units, n_heads, n_rows, chunk_tokens, length, scale_log2,
     GROUP: tl.constexpr, NEGATE: tl.constexpr, IS_RUN: tl.constexpr, MASK_K: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr, FULL_TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, FULL_TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):
     unit = (first_unit + tl.program_id(1)).to(tl.int64)
     batch = unit // n_units // n_heads
@@ -125,9 +125,9 @@ def _vmoba_fwd_kernel(
     n_keys = tl.minimum(chunk_tokens, length - first)
     for start in tl.range(0, n_keys, BLOCK, num_stages=STAGES):
         keys, is_key = key_rows(raster_ptr, first, start, n_keys, IS_RUN, MASK_K, BLOCK)
-        k = load_keys(k_ptr, keys, is_key, stride_k_s, MASK_K, D, D_PAD)
+        k = load_keys(k_ptr, keys, is_key, stride_k_s, MASK_K, D, D_PAD, WIDE)
         acc, m, l = _add_keys(
-            acc, m, l, tl.dot(q, k.T), is_row, v_ptr, keys, is_key, stride_v_s, scale_log2, False, MASK_K, D, D_PAD)
+            acc, m, l, tl.dot(q, k.T), is_row, v_ptr, keys, is_key, stride_v_s, scale_log2, False, MASK_K, D, D_PAD, WIDE)
     part_ptr += tl.program_id(1).to(tl.int64) * n_rows * D
     part_lse_ptr += tl.program_id(1).to(tl.int64) * n_rows
     store_rows(part_ptr, acc / l[:, None], numbers, is_row, D, D, D_PAD)
@@ -142,7 +142,7 @@ def _vmoba_fwd_walk_kernel(
     stride_out_b, stride_out_s, stride_out_h,
     n_heads, n_ranges, n_chunks, n_words, chunk_blocks, chunk_tokens, length, scale_log2,
     GROUP: tl.constexpr, NEGATE: tl.constexpr, IS_RUN: tl.constexpr, MASK_K: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr, FULL_TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, FULL_TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):
     bh = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -168,10 +168,10 @@ def _vmoba_fwd_walk_kernel(
     for i in tl.range(0, n * chunk_blocks, num_stages=STAGES):
         chunk, keys, is_key = keys_of_step(
             walked_ptr, raster_ptr, i, chunk_blocks, chunk_tokens, length, IS_RUN, MASK_K, BLOCK)
-        k = load_keys(k_ptr, keys, is_key, stride_k_s, MASK_K, D, D_PAD)
+        k = load_keys(k_ptr, keys, is_key, stride_k_s, MASK_K, D, D_PAD, WIDE)
         keep = is_member(word_ptr, chunk, token, is_row, length)
         acc, m, l = _add_keys(
-            acc, m, l, tl.dot(q, k.T), keep, v_ptr, keys, is_key, stride_v_s, scale_log2, True, MASK_K, D, D_PAD)
+            acc, m, l, tl.dot(q, k.T), keep, v_ptr, keys, is_key, stride_v_s, scale_log2, True, MASK_K, D, D_PAD, WIDE)
     out_ptr += batch * stride_out_b + head * stride_out_h
     store_rows(out_ptr, acc / l[:, None], raster, is_row, stride_out_s, D, D_PAD)
     tl.store(lse_ptr + bh * length + token, (m + tl.log2(l)) * 0.6931471805599453, mask=is_row)
@@ -179,23 +179,23 @@ def _vmoba_fwd_walk_kernel(
 
 def launch_parts(q, k, v, pairs, tiles, parts, part_lse, first_unit, chunks, *, softmax_scale, config: AttendConfig) -> None:
     """Fill parts `[units of the slice, n_rows, D]` and their LSE from the units from `first_unit` on."""
-    heads, D = q.shape[2:]
+    heads = q.shape[2]
     n_units, n_rows = parts.shape[:2]
     _vmoba_fwd_kernel[(n_rows // config.rows, n_units)](
         q, k, v, parts, part_lse, pairs.order, tiles, pairs.raster, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         first_unit, pairs.per_head, heads, n_rows, chunks.chunk_tokens, chunks.length, abs(softmax_scale) * LOG2_E,
-        GROUP=heads // k.shape[2], NEGATE=softmax_scale < 0, **chunk_constants(chunks, config.keys, D),
+        GROUP=heads // k.shape[2], NEGATE=softmax_scale < 0, **chunk_constants(chunks, config.keys, q, k, v),
         TILE=config.rows, FULL_TILE=FULL_TILE, STAGES=stages_over_keys(chunks, config), num_warps=config.warps)
 
 
 def launch_walk(q, k, v, words, pairs, out, lse, chunks, *, softmax_scale, config: AttendConfig) -> None:
     """Fill the rows of out `[B, S, H, D]` and lse `[B, H, S]`, tokens in chunk order, of the walked ranges."""
-    batch, length, heads, D = q.shape
+    batch, length, heads = q.shape[:3]
     _vmoba_fwd_walk_kernel[(triton.cdiv(length, config.rows), batch * heads)](
         q, k, v, out, lse, pairs.walks, pairs.walked, pairs.raster, words,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         heads, *walk_arguments(pairs, words, chunks, config.keys), abs(softmax_scale) * LOG2_E,
-        GROUP=heads // k.shape[2], NEGATE=softmax_scale < 0, **chunk_constants(chunks, config.keys, D),
+        GROUP=heads // k.shape[2], NEGATE=softmax_scale < 0, **chunk_constants(chunks, config.keys, q, k, v),
         TILE=config.rows, FULL_TILE=FULL_TILE, STAGES=stages_over_keys(chunks, config), num_warps=config.warps)
 
 
@@ -210,12 +210,14 @@ def walk_arguments(pairs, words, chunks, block: int):
     return pairs.walks.shape[2], C, words.shape[2], triton.cdiv(tokens, block), tokens, chunks.length
 
 
-def chunk_constants(chunks, block: int, head_dim: int):
-    """The compile-time arguments that kernels over keys share."""
+def chunk_constants(chunks, block: int, *tensors):
+    """The compile-time arguments that kernels over keys share; the tensors `[B, S, H, D]` are those that loops read."""
+    head_dim = tensors[0].shape[3]
     return {
         "IS_RUN": chunks.is_raster,
         "MASK_K": chunks.chunk_tokens % block != 0 or chunks.length % chunks.chunk_tokens != 0,
         "BLOCK": block,
         "D": head_dim,
         "D_PAD": triton.next_power_of_2(head_dim),
+        "WIDE": is_wide(*tensors),
     }

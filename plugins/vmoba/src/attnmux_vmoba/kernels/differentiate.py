@@ -54,7 +54,8 @@ def _vmoba_stats_kernel(
 @triton.jit
 def _accumulate_dkdv(
     dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, row_ptr, word_ptr, stride_q_s, stride_do_s, n, n_masked, bit,
-    scale_log2, MAY_OVERFLOW: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STAGES: tl.constexpr,
+    scale_log2, MAY_OVERFLOW: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Add the gradients of n queries to dk and dv [BLOCK, D_PAD]; the first n_masked count if their bit is set."""
     for start in tl.range(0, n, TILE, num_stages=STAGES):
@@ -64,8 +65,8 @@ def _accumulate_dkdv(
         if MAY_OVERFLOW:
             word = tl.load(word_ptr + offs, mask=offs < n_masked, other=-1)
             keep = keep & (((word >> bit) & 1) != 0)
-        q = load_rows(q_ptr, rows, keep, stride_q_s, D, D_PAD)
-        do = load_rows(do_ptr, rows, keep, stride_do_s, D, D_PAD)
+        q = load_rows(q_ptr, rows, keep, stride_q_s, D, D_PAD, WIDE)
+        do = load_rows(do_ptr, rows, keep, stride_do_s, D, D_PAD, WIDE)
         # a weight of exp2(0 - inf) = 0 for what is no row
         lse2 = tl.load(lse2_ptr + rows, mask=keep, other=float("inf"))
         delta = tl.load(delta_ptr + rows, mask=keep, other=0.0)
@@ -87,7 +88,7 @@ def _vmoba_bwd_dkdv_kernel(
     stride_do_b, stride_do_s, stride_do_h, stride_dk_b, stride_dk_s, stride_dk_h,
     n_units, n_pairs, n_heads_k, n_rows, n_chunks, n_words, n_blocks, unit_tokens, chunk_tokens, length, scale_log2, scale,
     GROUP: tl.constexpr, MAY_OVERFLOW: tl.constexpr, IS_RUN: tl.constexpr, MASK_K: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):
     # The first slots of every head come first, then the others head by head. A chunk has n_blocks slots.
     pid = tl.program_id(0)
@@ -107,8 +108,8 @@ def _vmoba_bwd_dkdv_kernel(
     if slot % n_blocks * BLOCK >= n_keys:
         return
     keys, is_key = key_rows(raster_ptr, chunk * chunk_tokens, slot % n_blocks * BLOCK, n_keys, IS_RUN, MASK_K, BLOCK)
-    k = load_keys(k_ptr + batch * stride_k_b + head_k * stride_k_h, keys, is_key, stride_k_s, MASK_K, D, D_PAD)
-    v = load_keys(v_ptr + batch * stride_v_b + head_k * stride_v_h, keys, is_key, stride_v_s, MASK_K, D, D_PAD)
+    k = load_keys(k_ptr + batch * stride_k_b + head_k * stride_k_h, keys, is_key, stride_k_s, MASK_K, D, D_PAD, WIDE)
+    v = load_keys(v_ptr + batch * stride_v_b + head_k * stride_v_h, keys, is_key, stride_v_s, MASK_K, D, D_PAD, WIDE)
     dk = tl.zeros([BLOCK, D_PAD], tl.float32)
     dv = tl.zeros([BLOCK, D_PAD], tl.float32)
     # with MAY_OVERFLOW every unit has two turns: its ordered queries, and those of ranges without room
@@ -133,7 +134,7 @@ def _vmoba_bwd_dkdv_kernel(
         dk, dv = _accumulate_dkdv(
             dk, dv, k, v, q_ptr + batch * stride_q_b + head * stride_q_h, do_ptr + batch * stride_do_b + head * stride_do_h,
             lse2_ptr + stats, delta_ptr + stats, rows, words, stride_q_s, stride_do_s, n, n_masked, chunk % 32,
-            scale_log2, MAY_OVERFLOW, TILE, D, D_PAD, STAGES)
+            scale_log2, MAY_OVERFLOW, TILE, D, D_PAD, WIDE, STAGES)
     at = batch * stride_dk_b + head_k * stride_dk_h
     store_rows(dk_ptr + at, dk * scale, keys, is_key, stride_dk_s, D, D_PAD)
     store_rows(dv_ptr + at, dv, keys, is_key, stride_dk_s, D, D_PAD)
@@ -142,11 +143,11 @@ def _vmoba_bwd_dkdv_kernel(
 @triton.jit
 def _add_keys(
     dq, q, do, lse2, delta, k_ptr, v_ptr, keys, is_key, stride_k_s, stride_v_s, scale_log2,
-    MASK_K: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    MASK_K: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDE: tl.constexpr,
 ):
     """Add what keys give to dq [TILE, D_PAD]."""
-    k = load_keys(k_ptr, keys, is_key, stride_k_s, MASK_K, D, D_PAD)
-    v = load_keys(v_ptr, keys, is_key, stride_v_s, MASK_K, D, D_PAD)
+    k = load_keys(k_ptr, keys, is_key, stride_k_s, MASK_K, D, D_PAD, WIDE)
+    v = load_keys(v_ptr, keys, is_key, stride_v_s, MASK_K, D, D_PAD, WIDE)
     s = tl.dot(q, k.T)  # [TILE, BLOCK]
     dp = tl.dot(do, v.T)
     ds = tl.exp2(s * scale_log2 - lse2[:, None]) * (dp - delta[:, None])
@@ -163,7 +164,7 @@ def _vmoba_bwd_dq_kernel(
     stride_do_b, stride_do_s, stride_do_h,
     first_unit, n_units, n_heads, n_rows, chunk_tokens, length, scale_log2, scale,
     GROUP: tl.constexpr, IS_RUN: tl.constexpr, MASK_K: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr, FULL_TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, FULL_TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):
     unit = (first_unit + tl.program_id(1)).to(tl.int64)
     bh = unit // n_units
@@ -183,7 +184,7 @@ def _vmoba_bwd_dq_kernel(
     n_keys = tl.minimum(chunk_tokens, length - first)
     for start in tl.range(0, n_keys, BLOCK, num_stages=STAGES):
         keys, is_key = key_rows(raster_ptr, first, start, n_keys, IS_RUN, MASK_K, BLOCK)
-        dq = _add_keys(dq, q, do, lse2, delta, k_ptr, v_ptr, keys, is_key, stride_k_s, stride_v_s, scale_log2, MASK_K, D, D_PAD)
+        dq = _add_keys(dq, q, do, lse2, delta, k_ptr, v_ptr, keys, is_key, stride_k_s, stride_v_s, scale_log2, MASK_K, D, D_PAD, WIDE)
     store_rows(part_ptr + tl.program_id(1).to(tl.int64) * n_rows * D, dq * scale, numbers, is_row, D, D, D_PAD)
 
 
@@ -194,7 +195,7 @@ def _vmoba_bwd_dq_walk_kernel(
     stride_do_b, stride_do_s, stride_do_h, stride_dq_b, stride_dq_s, stride_dq_h,
     n_heads, n_ranges, n_chunks, n_words, chunk_blocks, chunk_tokens, length, scale_log2, scale,
     GROUP: tl.constexpr, IS_RUN: tl.constexpr, MASK_K: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr, FULL_TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, FULL_TILE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr,
 ):
     bh = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -221,7 +222,7 @@ def _vmoba_bwd_dq_walk_kernel(
         # a weight of exp2(s - inf) = 0 for the rows that did not choose the chunk
         lse2_kept = tl.where(is_member(word_ptr, chunk, token, is_row, length), lse2, float("inf"))
         dq = _add_keys(
-            dq, q, do, lse2_kept, delta, k_ptr, v_ptr, keys, is_key, stride_k_s, stride_v_s, scale_log2, MASK_K, D, D_PAD)
+            dq, q, do, lse2_kept, delta, k_ptr, v_ptr, keys, is_key, stride_k_s, stride_v_s, scale_log2, MASK_K, D, D_PAD, WIDE)
     store_rows(dq_ptr + batch * stride_dq_b + head * stride_dq_h, dq * scale, raster, is_row, stride_dq_s, D, D_PAD)
 
 
@@ -240,7 +241,7 @@ def launch_dkdv(
     q, k, v, dout, stats, words, pairs, dk, dv, chunks, *, softmax_scale, config: AttendConfig, may_overflow: bool
 ) -> None:
     """Fill dk and dv `[B, S, H_kv, D]`, of equal strides. The pairs were sorted with orders_walked."""
-    batch, _, heads, D = q.shape
+    batch, _, heads, _ = q.shape
     heads_k, C = k.shape[2], chunks.num_chunks
     blocks = triton.cdiv(chunks.chunk_tokens, config.keys)
     _vmoba_bwd_dkdv_kernel[(batch * heads_k * C * blocks,)](
@@ -249,28 +250,28 @@ def launch_dkdv(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dk.stride()[:3],
         pairs.per_head, batch * heads_k, heads_k, pairs.order.shape[3], C, words.shape[2], blocks, pairs.unit_tokens,
         chunks.chunk_tokens, chunks.length, softmax_scale * LOG2_E, softmax_scale,
-        GROUP=heads // heads_k, MAY_OVERFLOW=may_overflow, **chunk_constants(chunks, config.keys, D), TILE=config.rows,
+        GROUP=heads // heads_k, MAY_OVERFLOW=may_overflow, **chunk_constants(chunks, config.keys, q, k, v, dout), TILE=config.rows,
         STAGES=config.stages + 1, EARLY=EARLY_CHUNKS, num_warps=config.warps)
 
 
 def launch_dq_parts(q, k, v, dout, stats, pairs, tiles, parts, first_unit, chunks, *, softmax_scale, config: AttendConfig) -> None:
     """Fill parts `[units of the slice, n_rows, D]` from the units from `first_unit` on."""
-    heads, D = q.shape[2:]
+    heads = q.shape[2]
     n_units, n_rows = parts.shape[:2]
     _vmoba_bwd_dq_kernel[(n_rows // config.rows, n_units)](
         q, k, v, dout, parts, *stats.unbind(0), pairs.order, tiles, pairs.raster,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3],
         first_unit, pairs.per_head, heads, n_rows, chunks.chunk_tokens, chunks.length, softmax_scale * LOG2_E, softmax_scale,
-        GROUP=heads // k.shape[2], **chunk_constants(chunks, config.keys, D), TILE=config.rows,
+        GROUP=heads // k.shape[2], **chunk_constants(chunks, config.keys, q, k, v, dout), TILE=config.rows,
         FULL_TILE=FULL_TILE, STAGES=stages_over_keys(chunks, config), num_warps=config.warps)
 
 
 def launch_dq_walk(q, k, v, dout, stats, words, pairs, dq, chunks, *, softmax_scale, config: AttendConfig) -> None:
     """Fill the rows of dq `[B, S, H, D]` of the walked ranges."""
-    batch, length, heads, D = q.shape
+    batch, length, heads = q.shape[:3]
     _vmoba_bwd_dq_walk_kernel[(triton.cdiv(length, config.rows), batch * heads)](
         q, k, v, dout, dq, *stats.unbind(0), pairs.walks, pairs.walked, pairs.raster, words,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dq.stride()[:3],
         heads, *walk_arguments(pairs, words, chunks, config.keys), softmax_scale * LOG2_E, softmax_scale,
-        GROUP=heads // k.shape[2], **chunk_constants(chunks, config.keys, D), TILE=config.rows,
+        GROUP=heads // k.shape[2], **chunk_constants(chunks, config.keys, q, k, v, dout), TILE=config.rows,
         FULL_TILE=FULL_TILE, STAGES=stages_over_keys(chunks, config), num_warps=config.warps)
