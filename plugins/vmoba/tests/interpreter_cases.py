@@ -22,7 +22,7 @@ from attnmux_blocksparse.kernels import backward as block_sparse_backward
 from attnmux_blocksparse.kernels import forward as block_sparse_forward
 from attnmux_blocksparse.kernels.configs import BackwardConfig, ForwardConfig
 from attnmux_vmoba import reference
-from attnmux_vmoba.kernels import launch, sort
+from attnmux_vmoba.kernels import attend, launch, sort
 from attnmux_vmoba.kernels.select import launch_select
 from attnmux_vmoba.prepare import Selection, from_chunk_order, resolve_chunks, to_chunk_order, unpack_bits
 
@@ -61,7 +61,7 @@ def make(name):
 def operator_in_the_interpreter(monkeypatch):
     """The operator's plain kernels, called without a device."""
 
-    def attend(parts, k, v, index, scale, engine=None):
+    def attend_rows(parts, k, v, index, scale, engine=None):
         rows = parts.transpose(0, 1)[None]
         lse = torch.full((1, *parts.shape[:2]), float("nan"))
         config = ForwardConfig(128, 64, 4, 2)
@@ -74,7 +74,7 @@ def operator_in_the_interpreter(monkeypatch):
         block_sparse_backward.launch_dkdv(rows, k, v, do, *stats, dk, dv, index, softmax_scale=scale, config=config)
         block_sparse_backward.launch_dq(rows, k, v, do, *stats, rows, index, softmax_scale=scale, config=config)
 
-    monkeypatch.setattr(launch, "run_operator", attend)
+    monkeypatch.setattr(launch, "run_operator", attend_rows)
     monkeypatch.setattr(launch, "differentiate_operator", differentiate)
 
 
@@ -166,8 +166,7 @@ def from_chunk_order_place(chunks):
     return to_chunk_order(torch.arange(chunks.length)[None], chunks)[0].int()
 
 
-def check(q, k, v, words, chunks, topk, forward, backward):
-    scale = 0.3
+def check(q, k, v, words, chunks, topk, forward, backward, scale=0.3):
     dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(5)).to(q.dtype)
     with poisoned_memory():
         out, lse = forward(q, k, v, words, chunks, topk, scale)
@@ -271,6 +270,17 @@ def test_walked_ranges_agree_with_the_reference(name, threshold, walked, monkeyp
     topk = min(how.topk, chunks.num_chunks) if threshold is None else 0
     check(q, k, v, words, chunks, topk, launch._indexed_forward, launch._indexed_backward)
     assert [which_are_walked(pairs, chunks) for pairs in found_pairs] == [walked, walked]
+
+
+@pytest.mark.parametrize("waste", [0.0, 1e9])
+@pytest.mark.parametrize(("scale", "is_wide"), [(-0.3, False), (0.0, False), (0.3, True)])
+def test_odd_scales_and_wide_offsets(waste, scale, is_wide, monkeypatch):
+    q, k, v, chunks, how = make("temporal_short_last_in_place")
+    words = reference.select_bits(q, k, chunks, how)
+    for name, value in (("FORWARD_WASTE", waste), ("BACKWARD_WASTE", waste)):
+        monkeypatch.setattr(launch, name, value)
+    monkeypatch.setattr(attend, "is_wide", lambda *_: is_wide)
+    check(q, k, v, words, chunks, how.topk, launch._indexed_forward, launch._indexed_backward, scale)
 
 
 @pytest.mark.parametrize("path", ["gathered", "indexed"])
