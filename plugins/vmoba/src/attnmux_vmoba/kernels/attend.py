@@ -1,8 +1,8 @@
 """Attention of queries to the chunks that they chose. Queries, keys and values are read where they lie.
 
-parts   a program owns a tile of rows that chose one chunk. It loads their queries by index and goes over the keys of the chunk, by
-        index too where a chunk is a box. What it writes is the softmax over that chunk and its log-sum-exp; `copy.merge_parts` makes
-        one of them.
+parts   a program owns a tile of rows that chose one chunk. It loads their queries by index and goes over the keys of the chunk,
+        by index too where a chunk is a box. What it writes is the softmax over that chunk and its log-sum-exp;
+        `copy.merge_parts` makes one of them.
 walk    a program owns queries of a walked range, goes over every chunk that one of them chose, masks the scores of the others,
         and writes the result itself.
 """
@@ -78,7 +78,7 @@ def _add_keys(
     acc, m, l, s, keep, v_ptr, keys, is_key, stride_v_s, scale_log2, MASK_ROWS: tl.constexpr, MASK_K: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, WIDE: tl.constexpr,
 ):
-    """One step of the running softmax in base 2 over products s [TILE, BLOCK]; scale_log2 >= 0. With MASK_ROWS for kept rows alone."""
+    """A step of the running softmax in base 2 over products s [TILE, BLOCK], with MASK_ROWS of kept rows alone; scale_log2 >= 0."""
     # Scores are scaled in the exponent, by one instruction with the subtraction, wherever none is masked.
     if MASK_K:
         s = tl.where(is_key[None, :], s * scale_log2, float("-inf"))

@@ -184,7 +184,8 @@ def _vmoba_bwd_dq_kernel(
     n_keys = tl.minimum(chunk_tokens, length - first)
     for start in tl.range(0, n_keys, BLOCK, num_stages=STAGES):
         keys, is_key = key_rows(raster_ptr, first, start, n_keys, IS_RUN, MASK_K, BLOCK)
-        dq = _add_keys(dq, q, do, lse2, delta, k_ptr, v_ptr, keys, is_key, stride_k_s, stride_v_s, scale_log2, MASK_K, D, D_PAD, WIDE)
+        dq = _add_keys(
+            dq, q, do, lse2, delta, k_ptr, v_ptr, keys, is_key, stride_k_s, stride_v_s, scale_log2, MASK_K, D, D_PAD, WIDE)
     store_rows(part_ptr + tl.program_id(1).to(tl.int64) * n_rows * D, dq * scale, numbers, is_row, D, D, D_PAD)
 
 

@@ -8,8 +8,8 @@ tiles   for every tile of rows its chunk, for kernels that read by index
 rank    the chunks by falling number of queries
 
 A range whose queries agree is walked instead of sorted: a program owns its queries and walks the union of the chunks that they
-chose, with a mask over the rows (`attend`). The union must cost no more than `most_waste` times the pairs of the range. Gradients of
-keys are added up by chunk all the same: for them the queries of walked ranges follow those of the tiles of a chunk in `order`.
+chose, with a mask over the rows (`attend`). The union must cost no more than `most_waste` times the pairs of the range. Gradients
+of keys are added up by chunk all the same: for them the queries of walked ranges follow those of the tiles of a chunk in `order`.
 
 A unit is a number of ranges of one head: all of them, or fewer, so that the rows of a unit stay small. Rows of a chunk start at a
 multiple of TILE. With k chunks per query a unit has at most its queries * k + C * TILE rows, whatever is chosen, so nothing waits
@@ -152,8 +152,8 @@ def _vmoba_scan_kernel(
 
 @triton.jit(do_not_specialize=["n_words", "n_units", "n_chunks", "n_rows", "capacity", *GEOMETRY])
 def _vmoba_place_kernel(
-    word_ptr, count_ptr, walk_ptr, begin_ptr, size_ptr, start_ptr, placed_ptr, first_ptr, row_ptr, order_ptr, walked_ptr, raster_ptr,
-    n_words, n_units, n_chunks, n_rows, capacity,
+    word_ptr, count_ptr, walk_ptr, begin_ptr, size_ptr, start_ptr, placed_ptr,
+    first_ptr, row_ptr, order_ptr, walked_ptr, raster_ptr, n_words, n_units, n_chunks, n_rows, capacity,
     n_h, n_w, box_t, box_h, box_w, grid_h, grid_w, chunk_tokens, length, ORDERS_WALKED: tl.constexpr, TILE: tl.constexpr,
 ):
     r = tl.program_id(0)
