@@ -96,7 +96,7 @@ def _vmoba_count_kernel(word_ptr, count_ptr, walk_ptr, n_words, length, most_was
         tl.store(count_ptr + (at * n_words + word) * 32 + tl.arange(0, 32), counts)
         n_pairs += tl.sum(counts, 0)
         n_union += tl.sum((counts > 0).to(tl.int32), 0)
-    tl.store(walk_ptr + at, tl.where((n_union * TILE).to(tl.float32) <= most_waste * n_pairs.to(tl.float32), n_union, 0))
+    tl.store(walk_ptr + at, tl.where(n_union * TILE <= most_waste * n_pairs, n_union, 0))
 
 
 @triton.jit(do_not_specialize=["n_ranges", "n_cols", "n_chunks", "capacity"])
