@@ -141,7 +141,15 @@ def _vmoba_select_kernel(
     mean_ptr += (batch * (n_heads // GROUP) + head // GROUP) * TERMS * n_chunks * D
     cols = tl.arange(0, COLS)
     gates = tl.zeros([ROWS, COLS], tl.float32)
-    for term in tl.static_range(TERMS):
+    if STEP == D_PAD:
+        # queries stay, and the means of the next term are on their way during a product
+        q = load_rows(q_ptr, rows, is_token, stride_s, D, D_PAD)
+        offs_d = tl.arange(0, D_PAD)
+        for term in tl.range(0, TERMS, num_stages=2):
+            at = mean_ptr + ((TERMS - 1 - term) * n_chunks + cols)[:, None] * D + offs_d[None, :]
+            means = tl.load(at, mask=(cols < n_chunks)[:, None] & (offs_d < D)[None, :], other=0.0)
+            gates = tl.dot(q, means.T, gates, input_precision="ieee")
+    for term in tl.static_range(TERMS if STEP < D_PAD else 0):
         for start in tl.range(0, D_PAD, STEP, num_stages=1):
             offs_d = start + tl.arange(0, STEP)
             in_q = is_token[:, None] & (offs_d < D)[None, :]
