@@ -201,10 +201,6 @@ def test_gathered_attention_agrees_with_the_reference(name):
     check(q, k, v, words, chunks, topk, launch._gathered_forward, launch._gathered_backward)
 
 
-def test_gathered_queries_may_keep_different_numbers_of_chunks():
-    q, k, v, chunks, _ = make("temporal_short_last")
-    words = reference.select_bits(q, k, chunks, Selection("threshold", threshold=0.35))
-    check(q, k, v, words, chunks, 0, launch._gathered_forward, launch._gathered_backward)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -247,6 +243,15 @@ def test_queries_may_keep_different_numbers_of_chunks(
         monkeypatch.setattr(launch, variable, value)
     check(q, k, v, words, chunks, 0, launch._indexed_forward, launch._indexed_backward)
     assert (found_pairs[0].per_head > 1) == (share == 0.0)
+    assert [which_are_walked(pairs, chunks) for pairs in found_pairs] == [walked, walked]
+
+
+@pytest.mark.parametrize(("least_kept", "walked"), [(99, "none"), (1, "some")])
+def test_gathered_queries_may_keep_different_numbers_of_chunks(least_kept, walked, monkeypatch, found_pairs):
+    q, k, v, chunks, _ = make("temporal_short_last")
+    words = reference.select_bits(q, k, chunks, Selection("threshold", threshold=0.6))
+    monkeypatch.setattr(launch, "LEAST_KEPT", least_kept)
+    check(q, k, v, words, chunks, 0, launch._gathered_forward, launch._gathered_backward)
     assert [which_are_walked(pairs, chunks) for pairs in found_pairs] == [walked, walked]
 
 

@@ -161,6 +161,21 @@ def test_thresholds_agree_with_the_dense_mask(name, least_kept, monkeypatch):
     assert_call_is_right(lambda *x: moba_attention(*x, **options), inputs, token_mask(chosen, chunks))
 
 
+@pytest.mark.parametrize("least_kept", [1, 99])
+@pytest.mark.parametrize("name", ["temporal_short", "spatial_padded", "st_small"])
+def test_thresholds_agree_on_the_operator(name, least_kept, monkeypatch):
+    from attnmux_vmoba.kernels import launch
+
+    monkeypatch.setattr(launch, "LEAST_KEPT", least_kept)
+    for variable in ("FORWARD", "BACKWARD"):
+        monkeypatch.setattr(launch, f"{variable}_OPERATOR_TOKENS", 0)
+        monkeypatch.setattr(launch, f"{variable}_SHARE", 1e9)
+    inputs, chunks, options = make(name)
+    options |= {"select_mode": "threshold", "threshold": 0.5, "engine": "triton"}
+    chosen = select_chunks(inputs.q, inputs.k, **options)
+    assert_call_is_right(lambda *x: moba_attention(*x, **options), inputs, token_mask(chosen, chunks))
+
+
 @pytest.mark.parametrize("waste", [1.3, 1e9])
 @pytest.mark.parametrize("mode", ["topk", "threshold"])
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def _vmoba_bwd_dkdv_kernel(
     stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     stride_do_b, stride_do_s, stride_do_h, stride_dk_b, stride_dk_s, stride_dk_h,
     n_units, n_pairs, n_heads_k, n_rows, n_chunks, n_words, n_blocks, unit_tokens, chunk_tokens, length, scale_log2, scale,
-    GROUP: tl.constexpr, MAY_OVERFLOW: tl.constexpr, IS_RUN: tl.constexpr, MASK_K: tl.constexpr, TILE: tl.constexpr,
+    GROUP: tl.constexpr, MAY_OVERFLOW: tl.constexpr, ADDS: tl.constexpr, IS_RUN: tl.constexpr, MASK_K: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):
     # The first slots of every head come first, then the others head by head. A chunk has n_blocks slots.
@@ -107,13 +107,19 @@ def _vmoba_bwd_dkdv_kernel(
     n_keys = tl.minimum(chunk_tokens, length - chunk * chunk_tokens)
     if slot % n_blocks * BLOCK >= n_keys:
         return
+    if ADDS:
+        most = 0
+        for i in range(GROUP * n_units):
+            most = tl.maximum(most, length - i % n_units * unit_tokens - tl.load(placed_ptr + bh * n_units + i))
+        if most <= 0:
+            return
     keys, is_key = key_rows(raster_ptr, chunk * chunk_tokens, slot % n_blocks * BLOCK, n_keys, IS_RUN, MASK_K, BLOCK)
     k = load_keys(k_ptr + batch * stride_k_b + head_k * stride_k_h, keys, is_key, stride_k_s, MASK_K, D, D_PAD, WIDE)
     v = load_keys(v_ptr + batch * stride_v_b + head_k * stride_v_h, keys, is_key, stride_v_s, MASK_K, D, D_PAD, WIDE)
     dk = tl.zeros([BLOCK, D_PAD], tl.float32)
     dv = tl.zeros([BLOCK, D_PAD], tl.float32)
-    # with MAY_OVERFLOW every unit has two turns: its ordered queries, and those of ranges without room
-    TURNS: tl.constexpr = 2 if MAY_OVERFLOW else 1
+    # with MAY_OVERFLOW every unit has two turns: its ordered queries, and those of ranges without room, which ADDS has alone
+    TURNS: tl.constexpr = 2 if MAY_OVERFLOW and not ADDS else 1
     for turn in range(GROUP * n_units * TURNS):
         i = turn // TURNS
         head = head_k * GROUP + i // n_units
@@ -126,7 +132,7 @@ def _vmoba_bwd_dkdv_kernel(
             placed = tl.load(placed_ptr + unit)
             first = i % n_units * unit_tokens + placed
             words = word_ptr + ((bh + i // n_units) * n_words + chunk // 32) * length + first
-            if turn % TURNS == 1:
+            if turn % TURNS == TURNS - 1:
                 rows = raster_ptr + first
                 n = tl.minimum(unit_tokens - placed, length - first)
                 n_masked = n
@@ -136,7 +142,11 @@ def _vmoba_bwd_dkdv_kernel(
             lse2_ptr + stats, delta_ptr + stats, rows, words, stride_q_s, stride_do_s, n, n_masked, chunk % 32,
             scale_log2, MAY_OVERFLOW, TILE, D, D_PAD, WIDE, STAGES)
     at = batch * stride_dk_b + head_k * stride_dk_h
-    store_rows(dk_ptr + at, dk * scale, keys, is_key, stride_dk_s, D, D_PAD)
+    dk *= scale
+    if ADDS:
+        dk += load_rows(dk_ptr + at, keys, is_key, stride_dk_s, D, D_PAD)
+        dv += load_rows(dv_ptr + at, keys, is_key, stride_dk_s, D, D_PAD)
+    store_rows(dk_ptr + at, dk, keys, is_key, stride_dk_s, D, D_PAD)
     store_rows(dv_ptr + at, dv, keys, is_key, stride_dk_s, D, D_PAD)
 
 
@@ -239,9 +249,12 @@ def launch_stats(out, dout, lse, pairs):
 
 
 def launch_dkdv(
-    q, k, v, dout, stats, words, pairs, dk, dv, chunks, *, softmax_scale, config: AttendConfig, may_overflow: bool
+    q, k, v, dout, stats, words, pairs, dk, dv, chunks, *, softmax_scale, config: AttendConfig, may_overflow: bool, adds: bool = False
 ) -> None:
-    """Fill dk and dv `[B, S, H_kv, D]`, of equal strides. The pairs were sorted with orders_walked."""
+    """Fill dk and dv `[B, S, H_kv, D]`, of equal strides, or add to them what ranges without room give.
+
+    Without `adds` the pairs were sorted with orders_walked.
+    """
     batch, _, heads, _ = q.shape
     heads_k, C = k.shape[2], chunks.num_chunks
     blocks = triton.cdiv(chunks.chunk_tokens, config.keys)
@@ -251,7 +264,7 @@ def launch_dkdv(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dk.stride()[:3],
         pairs.per_head, batch * heads_k, heads_k, pairs.order.shape[3], C, words.shape[2], blocks, pairs.unit_tokens,
         chunks.chunk_tokens, chunks.length, softmax_scale * LOG2_E, softmax_scale,
-        GROUP=heads // heads_k, MAY_OVERFLOW=may_overflow, **chunk_constants(chunks, config.keys, q, k, v, dout), TILE=config.rows,
+        GROUP=heads // heads_k, MAY_OVERFLOW=may_overflow, ADDS=adds, **chunk_constants(chunks, config.keys, q, k, v, dout), TILE=config.rows,
         STAGES=config.stages + 1, EARLY=EARLY_CHUNKS, num_warps=config.warps)
 
 

@@ -157,16 +157,26 @@ def _budget(q, k, share: float) -> float:
 def takes_operator(q, chunks, topk: int, budget: float, least_tokens: int) -> bool:
     """Whether the block-sparse operator runs on gathered rows, rather than the kernels that read by index.
 
-    It needs room for every pair of a head, also where queries keep different numbers of chunks.
+    It needs room for the rows of a head.
     """
-    rows = q.shape[1] * (topk or chunks.num_chunks)
+    rows = q.shape[1] * room(chunks, topk)
     return chunks.chunk_tokens >= least_tokens and (topk > 0 or rows * q.shape[3] * q.element_size() <= budget)
+
+
+def room(chunks, topk: int) -> int:
+    """Chunks a query for which there is room, the mean over a unit."""
+    return topk or min(chunks.num_chunks, max(LEAST_KEPT, -(-chunks.num_chunks // 4)))
+
+
+def may_overflow(chunks, topk: int) -> bool:
+    """Whether there can be more pairs than room."""
+    return room(chunks, topk) < chunks.num_chunks and not topk
 
 
 def _plan(q, words, chunks, topk: int, row_bytes: int, budget: float, most_waste: float, *, orders_walked: bool):
     """Sorted pairs, and the units of a slice whose rows, of `row_bytes` each, fit the budget beside the tables of the sort."""
     C, heads, S = chunks.num_chunks, q.shape[0] * q.shape[2], q.shape[1]
-    kept = topk or min(C, max(LEAST_KEPT, -(-C // 4)))
+    kept = room(chunks, topk)
     per_head = S * kept + C * sort.TILE
     # the rows of all pairs, and the queries of all rows, as 4 bytes each
     budget = max(budget - heads * per_head * 8, budget / 4)
@@ -201,7 +211,7 @@ def _indexed_forward(q, k, v, words, chunks, topk, softmax_scale):
 def _gathered_forward(q, k, v, words, chunks, topk, softmax_scale, engine=None):
     B, S, heads, D = q.shape
     keys = _Keys(chunks)
-    pairs = sort.sort_pairs(words, chunks, topk or chunks.num_chunks)
+    pairs = sort.sort_pairs(words, chunks, room(chunks, topk))
     lists, counts = sort.tile_lists(pairs, keys.chunk_blocks, keys.last_blocks)
     lengths = keys.lengths(q.device)
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
@@ -221,6 +231,9 @@ def _gathered_forward(q, k, v, words, chunks, topk, softmax_scale, engine=None):
         engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
         part_lse = run_operator(parts, k_, v_, index, softmax_scale, engine)
         copy.merge_parts(parts, part_lse, pairs, b * heads + qh.start, out, lse)
+    if may_overflow(chunks, topk):
+        options = {"softmax_scale": softmax_scale, "config": attend_configs(triton.next_power_of_2(D)).forward}
+        attend.launch_walk(q, k, v, words, pairs, out, lse, chunks, **options)
     return out, lse
 
 
@@ -259,7 +272,7 @@ def _indexed_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scal
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
     differentiate.launch_dkdv(
         q, k, v, dout, stats, words, pairs, dk, dv, chunks,
-        softmax_scale=softmax_scale, config=configs.dkdv, may_overflow=not topk,
+        softmax_scale=softmax_scale, config=configs.dkdv, may_overflow=may_overflow(chunks, topk),
     )  # fmt: skip
     options = {"softmax_scale": softmax_scale, "config": configs.dq}
     differentiate.launch_dq_walk(q, k, v, dout, stats, words, pairs, dq, chunks, **options)
@@ -274,7 +287,7 @@ def _indexed_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scal
 def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scale, engine=None):
     heads, D = q.shape[2:]
     keys = _Keys(chunks)
-    pairs = sort.sort_pairs(words, chunks, topk or chunks.num_chunks)
+    pairs = sort.sort_pairs(words, chunks, room(chunks, topk))
     lists, counts = sort.tile_lists(pairs, keys.chunk_blocks, keys.last_blocks)
     transposed = sort.transposed_lists(pairs, keys.chunk_blocks, keys.last_blocks)
     lengths = keys.lengths(q.device)
@@ -302,6 +315,16 @@ def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_sca
         copy.sum_parts(parts, pairs, b * heads + qh.start, dq)
         if not keys.in_place:
             copy.from_chunks(dk_, dv_, dk[b, :, kh], dv[b, :, kh], chunks, keys.padded)
+    if may_overflow(chunks, topk):
+        configs = attend_configs(triton.next_power_of_2(D))
+        stats = differentiate.launch_stats(out, dout, lse, pairs)
+        differentiate.launch_dkdv(
+            q, k, v, dout, stats, words, pairs, dk, dv, chunks,
+            softmax_scale=softmax_scale, config=configs.dkdv, may_overflow=True, adds=True,
+        )  # fmt: skip
+        differentiate.launch_dq_walk(
+            q, k, v, dout, stats, words, pairs, dq, chunks, softmax_scale=softmax_scale, config=configs.dq
+        )
     return dq, dk, dv
 
 
