@@ -87,8 +87,9 @@ def _vmoba_bwd_dkdv_kernel(
     stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     stride_do_b, stride_do_s, stride_do_h, stride_dk_b, stride_dk_s, stride_dk_h,
     n_units, n_pairs, n_heads_k, n_rows, n_chunks, n_words, n_blocks, unit_tokens, chunk_tokens, length, scale_log2, scale,
-    GROUP: tl.constexpr, MAY_OVERFLOW: tl.constexpr, ADDS: tl.constexpr, IS_RUN: tl.constexpr, MASK_K: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    GROUP: tl.constexpr, MAY_OVERFLOW: tl.constexpr, ADDS: tl.constexpr, IS_RUN: tl.constexpr, MASK_K: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, WIDE: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):
     # The first slots of every head come first, then the others head by head. A chunk has n_blocks slots.
     pid = tl.program_id(0)
@@ -249,7 +250,8 @@ def launch_stats(out, dout, lse, pairs):
 
 
 def launch_dkdv(
-    q, k, v, dout, stats, words, pairs, dk, dv, chunks, *, softmax_scale, config: AttendConfig, may_overflow: bool, adds: bool = False
+    q, k, v, dout, stats, words, pairs, dk, dv, chunks, *, softmax_scale, config: AttendConfig, may_overflow: bool,
+    adds: bool = False,
 ) -> None:
     """Fill dk and dv `[B, S, H_kv, D]`, of equal strides, or add to them what ranges without room give.
 
@@ -264,8 +266,8 @@ def launch_dkdv(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3], *dk.stride()[:3],
         pairs.per_head, batch * heads_k, heads_k, pairs.order.shape[3], C, words.shape[2], blocks, pairs.unit_tokens,
         chunks.chunk_tokens, chunks.length, softmax_scale * LOG2_E, softmax_scale,
-        GROUP=heads // heads_k, MAY_OVERFLOW=may_overflow, ADDS=adds, **chunk_constants(chunks, config.keys, q, k, v, dout), TILE=config.rows,
-        STAGES=config.stages + 1, EARLY=EARLY_CHUNKS, num_warps=config.warps)
+        GROUP=heads // heads_k, MAY_OVERFLOW=may_overflow, ADDS=adds, TILE=config.rows,
+        **chunk_constants(chunks, config.keys, q, k, v, dout), STAGES=config.stages + 1, EARLY=EARLY_CHUNKS, num_warps=config.warps)
 
 
 def launch_dq_parts(q, k, v, dout, stats, pairs, tiles, parts, first_unit, chunks, *, softmax_scale, config: AttendConfig) -> None:
