@@ -201,8 +201,6 @@ def test_gathered_attention_agrees_with_the_reference(name):
     check(q, k, v, words, chunks, topk, launch._gathered_forward, launch._gathered_backward)
 
 
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_indexed_attention_agrees_with_the_reference(name):
     q, k, v, chunks, how = make(name)
