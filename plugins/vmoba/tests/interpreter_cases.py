@@ -253,9 +253,10 @@ def test_gathered_queries_may_keep_different_numbers_of_chunks(least_kept, walke
     assert [which_are_walked(pairs, chunks) for pairs in found_pairs] == [walked, walked]
 
 
-@pytest.mark.parametrize("walked", ["some", "all"])
-@pytest.mark.parametrize("threshold", [None, 0.4])
-@pytest.mark.parametrize("name", ["temporal_short_last", "temporal_short_last_in_place", "spatial", "st", "st_many"])
+@pytest.mark.parametrize(("name", "threshold", "walked"), [
+    ("temporal_short_last", None, "some"), ("temporal_short_last", 0.4, "all"), ("temporal_short_last_in_place", 0.4, "some"),
+    ("spatial", None, "some"), ("spatial", 0.4, "some"), ("st", None, "all"), ("st", 0.4, "some"), ("st_many", None, "some"),
+])  # fmt: skip
 def test_walked_ranges_agree_with_the_reference(name, threshold, walked, monkeypatch, found_pairs):
     """Every second range of 128 queries agrees but for two of them; then those that do not agree are walked too."""
     q, k, v, chunks, how = make(name)
