@@ -36,7 +36,7 @@ CHUNK_SIZES = {"temporal": (4, 1), "spatial": ((12, 8), (4, 4)), "spatio_tempora
 BY_THRESHOLD = Selection("threshold", threshold=THRESHOLD)
 # queries that are walked or sorted together
 RANGE = 128
-AGREEING_NOISE = 0.02
+AGREEING_NOISE = 0.01
 # what is measured, the most important first: inputs, kind of chunk, choice
 ENTRIES = (
     *(("random", kind, Selection(topk=topk)) for kind, (topk, _) in LAYERS.items()),

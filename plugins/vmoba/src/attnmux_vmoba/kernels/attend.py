@@ -15,6 +15,7 @@ import triton.language as tl
 
 from attnmux_vmoba.kernels.configs import AttendConfig
 from attnmux_vmoba.kernels.geometry import is_wide, load_rows, offsets_of, store_rows
+from attnmux_vmoba.kernels.relaunch import Launches, launch
 
 LOG2_E = 1.4426950408889634
 # rows of a tile of `sort`, queries of a range
@@ -177,11 +178,14 @@ def _vmoba_fwd_walk_kernel(
     tl.store(lse_ptr + bh * length + token, (m + tl.log2(l)) * 0.6931471805599453, mask=is_row)
 
 
-def launch_parts(q, k, v, pairs, tiles, parts, part_lse, first_unit, chunks, *, softmax_scale, config: AttendConfig) -> None:
+def launch_parts(
+    launches: Launches, q, k, v, pairs, tiles, parts, part_lse, first_unit, chunks, *, softmax_scale, config: AttendConfig
+) -> None:
     """Fill parts `[units of the slice, n_rows, D]` and their LSE from the units from `first_unit` on."""
     heads = q.shape[2]
     n_units, n_rows = parts.shape[:2]
-    _vmoba_fwd_kernel[(n_rows // config.rows, n_units)](
+    launch(
+        launches, _vmoba_fwd_kernel, (n_rows // config.rows, n_units, 1),
         q, k, v, parts, part_lse, pairs.order, tiles, pairs.raster, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         first_unit, pairs.per_head, heads, n_rows, chunks.chunk_tokens, chunks.length, abs(softmax_scale) * LOG2_E,
         GROUP=heads // k.shape[2], NEGATE=softmax_scale < 0, **chunk_constants(chunks, config.keys, q, k, v),

@@ -26,6 +26,7 @@ from attnmux_vmoba.kernels.attend import (
 )
 from attnmux_vmoba.kernels.configs import AttendConfig
 from attnmux_vmoba.kernels.geometry import load_rows, store_rows
+from attnmux_vmoba.kernels.relaunch import Launches, launch
 from attnmux_vmoba.kernels.sort import rank_chunks
 
 # Key blocks of this many chunks of every head, those of most queries, start before all others: one that every query chose
@@ -270,11 +271,14 @@ def launch_dkdv(
         **chunk_constants(chunks, config.keys, q, k, v, dout), STAGES=config.stages + 1, EARLY=EARLY_CHUNKS, num_warps=config.warps)
 
 
-def launch_dq_parts(q, k, v, dout, stats, pairs, tiles, parts, first_unit, chunks, *, softmax_scale, config: AttendConfig) -> None:
+def launch_dq_parts(
+    launches: Launches, q, k, v, dout, stats, pairs, tiles, parts, first_unit, chunks, *, softmax_scale, config: AttendConfig
+) -> None:
     """Fill parts `[units of the slice, n_rows, D]` from the units from `first_unit` on."""
     heads = q.shape[2]
     n_units, n_rows = parts.shape[:2]
-    _vmoba_bwd_dq_kernel[(n_rows // config.rows, n_units)](
+    launch(
+        launches, _vmoba_bwd_dq_kernel, (n_rows // config.rows, n_units, 1),
         q, k, v, dout, parts, *stats.unbind(0), pairs.order, tiles, pairs.raster,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3],
         first_unit, pairs.per_head, heads, n_rows, chunks.chunk_tokens, chunks.length, softmax_scale * LOG2_E, softmax_scale,

@@ -13,6 +13,8 @@ Heads are taken in slices, so that what is gathered, or partial, stays small nex
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 
@@ -21,6 +23,9 @@ from attnmux_blocksparse.kernels import launch as block_sparse
 from attnmux_blocksparse.kernels.arguments import IndexTensors
 from attnmux_vmoba.kernels import attend, copy, differentiate, sort
 from attnmux_vmoba.kernels.configs import attend_configs
+
+if TYPE_CHECKING:
+    from attnmux_vmoba.kernels.relaunch import Launches
 
 # Of the bytes of q, k, v and out (backward: and of their gradients), what the buffers of a slice of heads may take, so that
 # the peak stays below 1.3 times that of dense attention.
@@ -33,8 +38,8 @@ FORWARD_OPERATOR_TOKENS = 4096
 BACKWARD_OPERATOR_TOKENS = 1024
 
 # A range is walked where that computes at most so many times the scores of its pairs.
-FORWARD_WASTE = 1.5
-BACKWARD_WASTE = 1.2
+FORWARD_WASTE = 1.6
+BACKWARD_WASTE = 1.4
 
 # Where queries keep different numbers of chunks there is room for a quarter of all pairs, and for this many a query at least.
 LEAST_KEPT = 8
@@ -101,12 +106,12 @@ class _Keys:
             torch.empty(number, heads, self.rows, k.shape[3], device=k.device, dtype=k.dtype).transpose(1, 2).unbind(0)
         )
 
-    def arrange(self, k, v, k_buffer, v_buffer):
+    def arrange(self, launches, k, v, k_buffer, v_buffer):
         """Arrange k and v `[S, h, D]` -> `[1, rows, h, D]`."""
         if self.in_place:
             return k[None], v[None]
         k_, v_ = k_buffer[:, : k.shape[1]], v_buffer[:, : k.shape[1]]
-        copy.to_chunks(k, v, k_, v_, self.chunks, self.padded)
+        copy.to_chunks(launches, k, v, k_, v_, self.chunks, self.padded)
         return k_[None], v_[None]
 
     def lengths(self, device):
@@ -193,18 +198,19 @@ def _indexed_forward(q, k, v, words, chunks, topk, softmax_scale):
     budget = _budget(q, k, FORWARD_SHARE * 2)
     row_bytes = D * q.element_size() + 4
     pairs, per_slice = _plan(q, words, chunks, topk, row_bytes, budget, FORWARD_WASTE, orders_walked=False)
-    tiles, config = sort.describe_tiles(pairs), attend_configs(triton.next_power_of_2(D)).forward
+    tiles, configs = sort.describe_tiles(pairs), attend_configs(triton.next_power_of_2(D))
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     lse = torch.empty(B, heads, S, device=q.device, dtype=torch.float32)
-    options = {"softmax_scale": softmax_scale, "config": config}
-    attend.launch_walk(q, k, v, words, pairs, out, lse, chunks, **options)
+    attend.launch_walk(q, k, v, words, pairs, out, lse, chunks, softmax_scale=softmax_scale, config=configs.walk)
+    options = {"softmax_scale": softmax_scale, "config": configs.forward}
     n_rows = pairs.tiles * sort.TILE
     parts = torch.empty(per_slice, n_rows, D, device=q.device, dtype=q.dtype)
     part_lse = torch.empty(per_slice, n_rows, device=q.device, dtype=torch.float32)
+    launches: Launches = {}
     for first in range(0, pairs.units, per_slice):
         used = slice(0, min(per_slice, pairs.units - first))
-        attend.launch_parts(q, k, v, pairs, tiles, parts[used], part_lse[used], first, chunks, **options)
-        copy.merge_parts(parts[used], part_lse[used], pairs, first, out, lse)
+        attend.launch_parts(launches, q, k, v, pairs, tiles, parts[used], part_lse[used], first, chunks, **options)
+        copy.merge_parts(launches, parts[used], part_lse[used], pairs, first, out, lse)
     return out, lse
 
 
@@ -223,16 +229,17 @@ def _gathered_forward(q, k, v, words, chunks, topk, softmax_scale, engine=None):
     per_slice = heads_per_slice(heads, group, n_rows * (row_bytes + 4), key_bytes, budget, whole_groups=False)
     part_buffer = torch.empty(per_slice, n_rows, D, device=q.device, dtype=q.dtype)
     key_buffers = keys.buffers(2, k, per_slice, group)
+    launches: Launches = {}
     for b, qh, kh in _slices(q, k, per_slice):
-        k_, v_ = keys.arrange(k[b, :, kh], v[b, :, kh], *key_buffers)
+        k_, v_ = keys.arrange(launches, k[b, :, kh], v[b, :, kh], *key_buffers)
         parts = part_buffer[: qh.stop - qh.start]
-        copy.gather_queries(q, pairs, b * heads + qh.start, parts)
+        copy.gather_queries(launches, q, pairs, b * heads + qh.start, parts)
         index = _index(keys, lists, counts, lengths, b, qh)
         engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
         part_lse = run_operator(parts, k_, v_, index, softmax_scale, engine)
-        copy.merge_parts(parts, part_lse, pairs, b * heads + qh.start, out, lse)
+        copy.merge_parts(launches, parts, part_lse, pairs, b * heads + qh.start, out, lse)
     if may_overflow(chunks, topk):
-        options = {"softmax_scale": softmax_scale, "config": attend_configs(triton.next_power_of_2(D)).forward}
+        options = {"softmax_scale": softmax_scale, "config": attend_configs(triton.next_power_of_2(D)).walk}
         attend.launch_walk(q, k, v, words, pairs, out, lse, chunks, **options)
     return out, lse
 
@@ -277,10 +284,11 @@ def _indexed_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scal
     options = {"softmax_scale": softmax_scale, "config": configs.dq}
     differentiate.launch_dq_walk(q, k, v, dout, stats, words, pairs, dq, chunks, **options)
     parts = torch.empty(per_slice, pairs.tiles * sort.TILE, D, device=q.device, dtype=q.dtype)
+    launches: Launches = {}
     for first in range(0, pairs.units, per_slice):
         used = parts[: min(per_slice, pairs.units - first)]
-        differentiate.launch_dq_parts(q, k, v, dout, stats, pairs, tiles, used, first, chunks, **options)
-        copy.sum_parts(used, pairs, first, dq)
+        differentiate.launch_dq_parts(launches, q, k, v, dout, stats, pairs, tiles, used, first, chunks, **options)
+        copy.sum_parts(launches, used, pairs, first, dq)
     return dq, dk, dv
 
 
@@ -300,21 +308,22 @@ def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_sca
     part_buffers = torch.empty(2, per_slice, n_rows, D, device=q.device, dtype=q.dtype)
     stat_buffers = torch.empty(2, per_slice, -(-n_rows // 256) * 256, device=q.device, dtype=torch.float32)
     *key_buffers, dk_buffer, dv_buffer = keys.buffers(4, k, per_slice, group)
+    launches: Launches = {}
     for b, qh, kh in _slices(q, k, per_slice):
-        k_, v_ = keys.arrange(k[b, :, kh], v[b, :, kh], *key_buffers)
+        k_, v_ = keys.arrange(launches, k[b, :, kh], v[b, :, kh], *key_buffers)
         dk_, dv_ = dk[b, :, kh], dv[b, :, kh]
         if not keys.in_place:
             dk_, dv_ = dk_buffer[:, : dk_.shape[1]], dv_buffer[:, : dk_.shape[1]]
         (parts, do), stats = part_buffers[:, : qh.stop - qh.start], stat_buffers[:, : qh.stop - qh.start]
-        copy.gather_for_backward(q, dout, out, lse, pairs, b * heads + qh.start, parts, do, stats)
+        copy.gather_for_backward(launches, q, dout, out, lse, pairs, b * heads + qh.start, parts, do, stats)
         index = _index(keys, lists, counts, lengths, b, qh, transposed)
         engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
         differentiate_operator(
             parts, do, stats[0], stats[1], k_, v_, dk_[None], dv_[None], index, softmax_scale, engine
         )
-        copy.sum_parts(parts, pairs, b * heads + qh.start, dq)
+        copy.sum_parts(launches, parts, pairs, b * heads + qh.start, dq)
         if not keys.in_place:
-            copy.from_chunks(dk_, dv_, dk[b, :, kh], dv[b, :, kh], chunks, keys.padded)
+            copy.from_chunks(launches, dk_, dv_, dk[b, :, kh], dv[b, :, kh], chunks, keys.padded)
     if may_overflow(chunks, topk):
         configs = attend_configs(triton.next_power_of_2(D))
         stats = differentiate.launch_stats(out, dout, lse, pairs)

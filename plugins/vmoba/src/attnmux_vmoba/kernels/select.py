@@ -164,10 +164,17 @@ def _vmoba_select_kernel(
     else:
         least: tl.constexpr = -0x80000000
         keys = tl.where(is_valid & (is_own == 0), _ranked(gates), least)
+        # The least of the best, by values alone: that is the whole choice unless gates are equal, and half the work.
+        last = tl.full([ROWS], 0x7FFFFFFF, tl.int32)
         for _ in range(1, topk):
-            keys = tl.where(_take_best(keys, cols, ROWS, COLS), least, keys)
-        # the own chunk had the least key from the start, and no gate has it
-        kept = is_valid & (keys == least)
+            last = tl.max(tl.where(keys < last[:, None], keys, least), 1)
+        kept = (keys >= last[:, None]) & (keys > least)
+        if tl.max(tl.abs(tl.sum(kept.to(tl.int32), 1) - (topk - 1)), 0) > 0:
+            for _ in range(1, topk):
+                keys = tl.where(_take_best(keys, cols, ROWS, COLS), least, keys)
+            # the own chunk had the least key from the start, and no gate has it
+            kept = is_valid & (is_own == 0) & (keys == least)
+        kept = kept | is_own
     bits = kept.to(tl.int32) << (cols % 32)[None, :]
     for word in range(n_words):
         value = tl.sum(tl.where((cols // 32 == word)[None, :], bits, 0), 1)

@@ -318,7 +318,7 @@ def sort_pairs(words, chunks, kept: int, units: int = 1, most_waste: float = 0.0
     padded = triton.next_power_of_2(cols)
     _vmoba_scan_kernel[(B * heads * units,)](
         counts, pairs.walks, begins, *pairs.sizes.unbind(0), pairs.starts, pairs.placed, unit_ranges, cols, C, capacity,
-        ORDERS_WALKED=orders_walked, RANGES=max(1, min(16, 2048 // padded)), COLS=padded, TILE=TILE, num_warps=4)
+        ORDERS_WALKED=orders_walked, RANGES=max(1, min(32, 4096 // padded)), COLS=padded, TILE=TILE, num_warps=8)
     _vmoba_place_kernel[(ranges, B * heads)](
         words, counts, pairs.walks, begins, pairs.sizes[0], pairs.starts, pairs.placed, pairs.firsts, pairs.rows, pairs.order,
         pairs.walked, pairs.raster, n_words, units, C, tiles * TILE, capacity, *geometry_arguments(chunks),
