@@ -60,17 +60,19 @@ def _accumulate_dkdv(
 ):
     """Add the gradients of n queries to dk and dv [BLOCK, D_PAD]; the first n_masked count if their bit is set."""
     for start in tl.range(0, n, TILE, num_stages=STAGES):
+        # Rows beyond the last repeat it with no weight: masks on every load would cost more.
         offs = start + tl.arange(0, TILE)
         keep = offs < n
-        rows = tl.load(row_ptr + offs, mask=keep, other=0)
+        at = tl.minimum(offs, n - 1)
+        rows = tl.load(row_ptr + at)
         if MAY_OVERFLOW:
-            word = tl.load(word_ptr + offs, mask=offs < n_masked, other=-1)
+            word = tl.load(word_ptr + at, mask=at < n_masked, other=-1)
             keep = keep & (((word >> bit) & 1) != 0)
-        q = load_rows(q_ptr, rows, keep, stride_q_s, D, D_PAD, WIDE)
-        do = load_rows(do_ptr, rows, keep, stride_do_s, D, D_PAD, WIDE)
-        # a weight of exp2(0 - inf) = 0 for what is no row
-        lse2 = tl.load(lse2_ptr + rows, mask=keep, other=float("inf"))
-        delta = tl.load(delta_ptr + rows, mask=keep, other=0.0)
+        q = load_keys(q_ptr, rows, keep, stride_q_s, False, D, D_PAD, WIDE)
+        do = load_keys(do_ptr, rows, keep, stride_do_s, False, D, D_PAD, WIDE)
+        # a weight of exp2(s - inf) = 0
+        lse2 = tl.where(keep, tl.load(lse2_ptr + rows), float("inf"))
+        delta = tl.load(delta_ptr + rows)
         s = tl.dot(k, q.T)  # [BLOCK, TILE]
         p = tl.exp2(s * scale_log2 - lse2[None, :])
         dv = tl.dot(p.to(do.dtype), do, dv)
