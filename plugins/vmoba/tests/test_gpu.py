@@ -113,8 +113,7 @@ def path(request, monkeypatch):
     """Both ways to attend with a top-k per query, whatever the chunks."""
     from attnmux_vmoba.kernels import launch
 
-    for variable in ("FORWARD_OPERATOR_TOKENS", "BACKWARD_OPERATOR_TOKENS"):
-        monkeypatch.setattr(launch, variable, 0 if request.param == "operator" else 10**9)
+    monkeypatch.setattr(launch, "OPERATOR_CHUNK_TOKENS", 0 if request.param == "operator" else 10**9)
 
 
 @pytest.mark.usefixtures("path")
@@ -166,10 +165,8 @@ def test_thresholds_agree_with_the_dense_mask(name, least_kept, monkeypatch):
 def test_thresholds_agree_on_the_operator(name, least_kept, monkeypatch):
     from attnmux_vmoba.kernels import launch
 
-    monkeypatch.setattr(launch, "LEAST_KEPT", least_kept)
-    for variable in ("FORWARD", "BACKWARD"):
-        monkeypatch.setattr(launch, f"{variable}_OPERATOR_TOKENS", 0)
-        monkeypatch.setattr(launch, f"{variable}_SHARE", 1e9)
+    for variable, value in (("LEAST_KEPT", least_kept), ("OPERATOR_CHUNK_TOKENS", 0), ("BACKWARD_SHARE", 1e9)):
+        monkeypatch.setattr(launch, variable, value)
     inputs, chunks, options = make(name)
     options |= {"select_mode": "threshold", "threshold": 0.5, "engine": "triton"}
     chosen = select_chunks(inputs.q, inputs.k, **options)
@@ -185,9 +182,8 @@ def test_walked_ranges_agree_with_the_dense_mask(name, mode, waste, monkeypatch)
     """Every second range of 128 queries agrees but for two; then those that do not agree are walked too."""
     from attnmux_vmoba.kernels import launch
 
-    for variable in ("FORWARD", "BACKWARD"):
-        monkeypatch.setattr(launch, f"{variable}_WASTE", waste)
-        monkeypatch.setattr(launch, f"{variable}_OPERATOR_TOKENS", 10**9)
+    for variable, value in (("FORWARD_WASTE", waste), ("BACKWARD_WASTE", waste), ("OPERATOR_CHUNK_TOKENS", 10**9)):
+        monkeypatch.setattr(launch, variable, value)
     inputs, chunks, options = make(name)
     options |= {"engine": "triton"} | MODES[mode]
     in_order = to_chunk_order(inputs.q, chunks).clone()
