@@ -37,7 +37,8 @@ BACKWARD_SHARE = 0.57
 # agree: 3.18), of 384 9.2 / 3.2 ms (in a CUDA graph 3.0 / 3.2).
 OPERATOR_CHUNK_TOKENS = 1024
 
-# A range is walked where that computes at most so many times the scores of its pairs.
+# A range is walked where that computes at most so many times the scores of its pairs. H100, chunks of 384, top-k 8: the tiles and
+# merging them take as long as walking 1.7 times the scores, in the backward pass (dQ alone) 1.45 times.
 FORWARD_WASTE = 1.6
 BACKWARD_WASTE = 1.4
 

@@ -30,7 +30,7 @@ TERMS = 3
 
 @triton.jit(do_not_specialize=["n_heads", "n_pieces", *GEOMETRY])
 def _vmoba_pool_kernel(
-    k_ptr, sum_ptr, stride_b, stride_s, stride_h, n_heads, n_pieces,
+    k_ptr, sum_ptr, raster_ptr, stride_b, stride_s, stride_h, n_heads, n_pieces,
     n_h, n_w, box_t, box_h, box_w, grid_h, grid_w, chunk_tokens, length,
     PIECE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
 ):
@@ -43,6 +43,8 @@ def _vmoba_pool_kernel(
     for start in range(piece * PIECE, tl.minimum((piece + 1) * PIECE, end), ROWS):
         place = start + tl.arange(0, ROWS)
         rows = raster_of(chunk, place, n_h, n_w, box_t, box_h, box_w, grid_h, grid_w)
+        if bh == 0:
+            tl.store(raster_ptr + chunk * chunk_tokens + place, rows, mask=place < end)
         acc += tl.sum(load_rows(k_ptr, rows, place < end, stride_s, D, D_PAD).to(tl.float32), 0)
     offs_d = tl.arange(0, D_PAD)
     at = (bh * tl.num_programs(0) + tl.program_id(0)) * D
@@ -123,10 +125,10 @@ def _within_share(gates, is_own, is_valid, cols, threshold, KEEPS_ONE: tl.conste
     return kept
 
 
-@triton.jit(do_not_specialize=["n_heads", "n_chunks", "n_words", "topk", "threshold", *GEOMETRY])
+@triton.jit(do_not_specialize=["n_heads", "n_chunks", "n_words", "topk", "threshold", "chunk_tokens", "length"])
 def _vmoba_select_kernel(
-    q_ptr, mean_ptr, word_ptr, stride_b, stride_s, stride_h, n_heads, n_chunks, n_words, topk, threshold,
-    n_h, n_w, box_t, box_h, box_w, grid_h, grid_w, chunk_tokens, length,
+    q_ptr, mean_ptr, word_ptr, raster_ptr, stride_b, stride_s, stride_h, n_heads, n_chunks, n_words, topk, threshold,
+    chunk_tokens, length,
     GROUP: tl.constexpr, BY_SHARE: tl.constexpr, KEEPS_ONE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STEP: tl.constexpr, TERMS: tl.constexpr,
 ):
@@ -136,7 +138,7 @@ def _vmoba_select_kernel(
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_token = token < length
     chunk = token // chunk_tokens
-    rows = raster_of(chunk, token % chunk_tokens, n_h, n_w, box_t, box_h, box_w, grid_h, grid_w)
+    rows = tl.load(raster_ptr + token, mask=is_token, other=0)
     q_ptr += batch * stride_b + head * stride_h
     mean_ptr += (batch * (n_heads // GROUP) + head // GROUP) * TERMS * n_chunks * D
     cols = tl.arange(0, COLS)
@@ -182,18 +184,22 @@ def _vmoba_select_kernel(
 
 
 def mean_keys(k, chunks):
-    """The mean key of every chunk as a sum of three terms in the type of k, the largest first: [B, H_kv, 3, C, D]."""
+    """The mean key of every chunk as a sum of three terms in the type of k, the largest first: [B, H_kv, 3, C, D].
+
+    And the raster position of every token, int32 [S], which divisions give once here.
+    """
     B, S, heads, D = k.shape
     tokens, C = chunks.chunk_tokens, chunks.num_chunks
     pieces = triton.cdiv(tokens, PIECE)
     sums = torch.empty(B, heads, C, pieces, D, device=k.device, dtype=torch.float32)
+    raster = torch.empty(S, device=k.device, dtype=torch.int32)
     _vmoba_pool_kernel[(C * pieces, B * heads)](
-        k, sums, *k.stride()[:3], heads, pieces, *geometry_arguments(chunks),
+        k, sums, raster, *k.stride()[:3], heads, pieces, *geometry_arguments(chunks),
         PIECE=PIECE, ROWS=32, D=D, D_PAD=triton.next_power_of_2(D), num_warps=4)
     terms = torch.empty(B, heads, TERMS, C, D, device=k.device, dtype=k.dtype)
     _vmoba_mean_kernel[(C, B * heads)](
         sums, terms, pieces, C, tokens, S, TERMS=TERMS, D=D, D_PAD=triton.next_power_of_2(D), num_warps=1)
-    return terms
+    return terms, raster
 
 
 def launch_select(q: torch.Tensor, k: torch.Tensor, chunks: ChunkGrid, how: Selection):
@@ -203,13 +209,13 @@ def launch_select(q: torch.Tensor, k: torch.Tensor, chunks: ChunkGrid, how: Sele
     n_words = triton.cdiv(C, 32)
     words = torch.empty(B, heads, n_words, S, device=q.device, dtype=torch.int32)
     with torch.cuda.device(q.device) if q.is_cuda else torch.no_grad():
-        means = mean_keys(k, chunks)
+        means, raster = mean_keys(k, chunks)
         cols = max(16, triton.next_power_of_2(C))
         config = select_config(cols)
         d_pad = triton.next_power_of_2(D)
         _vmoba_select_kernel[(triton.cdiv(S, config.rows), B * heads)](
-            q, means, words, *q.stride()[:3], heads, C, n_words, min(how.topk, C), float(how.threshold),
-            *geometry_arguments(chunks), GROUP=heads // k.shape[2], BY_SHARE=how.mode == "threshold",
+            q, means, words, raster, *q.stride()[:3], heads, C, n_words, min(how.topk, C), float(how.threshold),
+            chunks.chunk_tokens, S, GROUP=heads // k.shape[2], BY_SHARE=how.mode == "threshold",
             KEEPS_ONE=how.keeps_one, ROWS=config.rows, COLS=cols, D=D, D_PAD=d_pad, STEP=min(config.step, d_pad), TERMS=TERMS,
             num_warps=config.warps)
     return words
