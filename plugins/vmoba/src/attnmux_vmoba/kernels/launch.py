@@ -27,9 +27,9 @@ from attnmux_vmoba.kernels.configs import attend_configs
 if TYPE_CHECKING:
     from attnmux_vmoba.kernels.relaunch import Launches
 
-# Of the bytes of q, k, v and out (backward: and of their gradients), what the buffers of a slice of heads may take, so that
-# the peak stays below 1.3 times that of dense attention.
-FORWARD_SHARE = 0.33
+# Of the bytes of q, k, v and out (backward: and of their gradients), what the tables of the sort and the buffers of a slice
+# of heads may take, so that the peak stays below 1.3 times that of dense attention.
+FORWARD_SHARE = 0.35
 BACKWARD_SHARE = 0.57
 
 # From this many tokens a chunk on the operator runs on gathered rows. Reading by index spares the host the launches of copies, and
@@ -160,6 +160,11 @@ def _budget(q, k, share: float) -> float:
     return share * (q.numel() + k.numel()) * q.element_size()
 
 
+def _beside_tables(budget: float, rows: int) -> float:
+    """What is left beside the tables of the sort: 4 bytes for every pair and for every row, of all heads."""
+    return max(budget - 8 * rows, budget / 4)
+
+
 def takes_operator(q, chunks, kept: int, budget: float) -> bool:
     """Whether the block-sparse operator runs on gathered rows, rather than the kernels that read by index.
 
@@ -184,10 +189,8 @@ def _plan(q, words, chunks, topk: int, row_bytes: int, budget: float, most_waste
     C, heads, S = chunks.num_chunks, q.shape[0] * q.shape[2], q.shape[1]
     kept = room(chunks, topk)
     per_head = S * kept + C * sort.TILE
-    # the rows of all pairs, and the queries of all rows, as 4 bytes each
-    budget = max(budget - heads * per_head * 8, budget / 4)
-    # top-k never splits a head: more units are more padding, and no smaller a number of slices
-    units = 1 if topk else max(1, min(-(-per_head * row_bytes // max(1, int(budget))), -(-S // LEAST_UNIT)))
+    budget = _beside_tables(budget, heads * per_head)
+    units = max(1, min(-(-per_head * row_bytes // max(1, int(budget))), -(-S // LEAST_UNIT)))
     pairs = sort.sort_pairs(words, chunks, kept, units, most_waste, orders_walked=orders_walked)
     fitting = max(1, int(budget / (pairs.tiles * sort.TILE * row_bytes)))
     slices = -(-heads * units // fitting)
@@ -226,7 +229,7 @@ def _gathered_forward(q, k, v, words, chunks, topk, softmax_scale, engine=None):
     n_rows, group = pairs.tiles * sort.TILE, heads // k.shape[2]
     row_bytes = D * q.element_size()
     key_bytes = 0 if keys.in_place else 2 * keys.rows * row_bytes
-    budget = _budget(q, k, FORWARD_SHARE * 2) / B
+    budget = _beside_tables(_budget(q, k, FORWARD_SHARE * 2), B * heads * n_rows) / B
     per_slice = heads_per_slice(heads, group, n_rows * (row_bytes + 4), key_bytes, budget, whole_groups=False)
     part_buffer = torch.empty(per_slice, n_rows, D, device=q.device, dtype=q.dtype)
     key_buffers = keys.buffers(2, k, per_slice, group)
@@ -301,7 +304,7 @@ def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_sca
     n_rows, group = pairs.tiles * sort.TILE, heads // k.shape[2]
     row_bytes = D * q.element_size()
     key_bytes = 0 if keys.in_place else 4 * keys.rows * row_bytes
-    budget = _budget(q, k, BACKWARD_SHARE * 4) / q.shape[0]
+    budget = _beside_tables(_budget(q, k, BACKWARD_SHARE * 4), q.shape[0] * heads * n_rows) / q.shape[0]
     per_slice = heads_per_slice(heads, group, n_rows * (2 * row_bytes + 8), key_bytes, budget, whole_groups=True)
     part_buffers = torch.empty(2, per_slice, n_rows, D, device=q.device, dtype=q.dtype)
     stat_buffers = torch.empty(2, per_slice, -(-n_rows // 256) * 256, device=q.device, dtype=torch.float32)
