@@ -39,11 +39,11 @@ RANGE = 128
 AGREEING_NOISE = 0.01
 # what is measured, the most important first: inputs, kind of chunk, choice
 ENTRIES = (
-    *(("random", kind, Selection(topk=topk)) for kind, (topk, _) in LAYERS.items()),
+    *((inputs, kind, Selection(topk=topk)) for inputs in ("random", "agreeing") for kind, (topk, _) in LAYERS.items()),
     *(("random", kind, BY_THRESHOLD) for kind in LAYERS),
     # about what the threshold keeps
     ("random", "spatio_temporal", Selection(topk=13)),
-    *((inputs, kind, Selection(topk=topk)) for inputs in ("agreeing", "smooth") for kind, (topk, _) in LAYERS.items()),
+    *(("smooth", kind, Selection(topk=topk)) for kind, (topk, _) in LAYERS.items()),
     *((inputs, kind, BY_THRESHOLD) for inputs in ("smooth", "agreeing") for kind in LAYERS),
 )
 
