@@ -1,7 +1,11 @@
-"""VMOBA_ATTN next to dense attention: times and peak memory of top-k and of thresholds, on random and on smooth inputs.
+"""VMOBA_ATTN next to dense attention: times and peak memory of top-k and of thresholds, on three kinds of inputs.
 
     python benchmarks/vmoba.py benchmarks/results/vmoba.json
     python benchmarks/vmoba.py out.json --device cpu --quick       (a dry run: the reference on a tiny video)
+
+Random: unit normals. Smooth: a field that varies slowly over the video, and noise. Agreeing: 128 queries that follow one another in
+the order of the chunks are the same but for noise, and choose nearly the same chunks. `union_ratio` says how nearly: the chunks
+that one of such 128 chose, by those that each of them chose.
 
 Every number comes after a check of sampled rows and keys in the same process. Times are of whole calls: the choice, the
 reordering and the attention. `host_ms` is what a call takes the host until it returns; `peak_mib` counts q, k, v, dout and all
@@ -22,26 +26,29 @@ from torch.nn import functional as F
 from attnmux.bench import Case, check_samples, describe_environment, make_clock, measure, refused_rows, write_rows
 from attnmux.bench.record import make_row
 from attnmux_vmoba.bench import GRID, LAYERS, THRESHOLD, ChosenPattern
-from attnmux_vmoba.ops import attend_chunks
-from attnmux_vmoba.prepare import Selection, resolve_chunks
+from attnmux_vmoba.ops import attend_chunks, select_bits
+from attnmux_vmoba.prepare import Selection, from_chunk_order, resolve_chunks, unpack_bits
 
 QUICK_GRID = (5, 8, 8)
 # chunk size of a full run, of a quick run
 CHUNK_SIZES = {"temporal": (4, 1), "spatial": ((12, 8), (4, 4)), "spatio_temporal": ((4, 12, 8), (1, 4, 4))}
 
 BY_THRESHOLD = Selection("threshold", threshold=THRESHOLD)
+# queries that are walked or sorted together
+RANGE = 128
+AGREEING_NOISE = 0.01
 # what is measured, the most important first: inputs, kind of chunk, choice
 ENTRIES = (
-    *(("random", kind, Selection(topk=topk)) for kind, (topk, _) in LAYERS.items()),
+    *((inputs, kind, Selection(topk=topk)) for inputs in ("random", "agreeing") for kind, (topk, _) in LAYERS.items()),
     *(("random", kind, BY_THRESHOLD) for kind in LAYERS),
     # about what the threshold keeps
     ("random", "spatio_temporal", Selection(topk=13)),
     *(("smooth", kind, Selection(topk=topk)) for kind, (topk, _) in LAYERS.items()),
-    *(("smooth", kind, BY_THRESHOLD) for kind in LAYERS),
+    *((inputs, kind, BY_THRESHOLD) for inputs in ("smooth", "agreeing") for kind in LAYERS),
 )
 
 
-def make_inputs(kind, grid, case, device):
+def make_inputs(kind, grid, chunks, case, device):
     generator = torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, case.dtype)
 
@@ -56,7 +63,17 @@ def make_inputs(kind, grid, case, device):
         return field / field.std() * 2 + 0.3 * noise()
 
     q, k = (smooth() if kind == "smooth" else noise() for _ in range(2))
+    if kind == "agreeing":
+        tokens = torch.arange(case.S_q, device=device)
+        q = from_chunk_order(q[:, tokens // RANGE * RANGE] + AGREEING_NOISE * q[:, tokens.flip(0)], chunks)
     return tuple(x.to(dtype).contiguous() for x in (q, k, noise(), noise()))
+
+
+def union_ratio(q, k, chunks, how):
+    """Chunks that one of RANGE neighbours chose, by the mean number that each of them chose."""
+    chosen = unpack_bits(select_bits(q, k, chunks, how), chunks.num_chunks)  # [B, H, C, S]
+    ranges = chosen[..., : chosen.shape[3] // RANGE * RANGE].unflatten(3, (-1, RANGE))
+    return float(ranges.any(4).sum() * RANGE / ranges.sum())
 
 
 def peak_mib(run, inputs):
@@ -165,12 +182,14 @@ def main():
         write_rows(arguments.output, rows)
         for row in found:
             number = f"{row['median_ms']:.3f} ms" if row["median_ms"] else row["refused"][:200]
-            more = " ".join(f"{key} {row[key]:.2f}" for key in ("host_ms", "peak_mib") if row.get(key) is not None)
+            more = " ".join(
+                f"{key} {row[key]:.2f}" for key in ("host_ms", "peak_mib", "union_ratio") if row.get(key) is not None
+            )
             what = " ".join(row[key] for key in ("case", "lists", "backend", "direction"))
             sys.stdout.write(f"{time.monotonic() - started:6.1f} s  {what}: {number} {more}\n")
         sys.stdout.flush()
 
-    inputs, inputs_kind = make_inputs("random", grid, base, device), "random"
+    inputs, inputs_kind = make_inputs("random", grid, None, base, device), "random"
     dense = sdpa_cudnn(base) if device.type == "cuda" else sdpa_flash(base)
 
     def attend_dense(q, k, v):
@@ -182,9 +201,9 @@ def main():
         if time.monotonic() - started > arguments.limit:
             sys.stdout.write(f"{kind} {layer} {how}: not begun, {arguments.limit:g} s are over\n")
             continue
-        if kind != inputs_kind:
-            inputs, inputs_kind = make_inputs(kind, grid, base, device), kind
         chunks = resolve_chunks(grid, CHUNK_SIZES[layer][arguments.quick])
+        if kind != inputs_kind or kind == "agreeing":
+            inputs, inputs_kind = make_inputs(kind, grid, chunks, base, device), kind
         pattern = ChosenPattern(*inputs[:2], chunks, how)
         share = pattern.pairs() / (base.B * base.H * length**2)
         choice = f"top-k {how.topk}" if how.mode == "topk" else f"threshold {how.threshold}"
@@ -194,7 +213,9 @@ def main():
             return attend_chunks(q, k, v, chunks, how)
 
         engine = "triton" if device.type == "cuda" else "reference"
-        keep(measure_rows(case, "VMOBA_ATTN", engine, attend, pattern, inputs, *measured))
+        ratio = round(union_ratio(*inputs[:2], chunks, how), 3) if length >= RANGE else None
+        found = measure_rows(case, "VMOBA_ATTN", engine, attend, pattern, inputs, *measured)
+        keep([row | {"union_ratio": ratio} for row in found])
         del pattern
     try:
         released_vmoba()

@@ -22,7 +22,7 @@ from attnmux_blocksparse.kernels import backward as block_sparse_backward
 from attnmux_blocksparse.kernels import forward as block_sparse_forward
 from attnmux_blocksparse.kernels.configs import BackwardConfig, ForwardConfig
 from attnmux_vmoba import reference
-from attnmux_vmoba.kernels import launch, sort
+from attnmux_vmoba.kernels import attend, launch, sort
 from attnmux_vmoba.kernels.select import launch_select
 from attnmux_vmoba.prepare import Selection, from_chunk_order, resolve_chunks, to_chunk_order, unpack_bits
 
@@ -61,7 +61,7 @@ def make(name):
 def operator_in_the_interpreter(monkeypatch):
     """The operator's plain kernels, called without a device."""
 
-    def attend(parts, k, v, index, scale, engine=None):
+    def attend_rows(parts, k, v, index, scale, engine=None):
         rows = parts.transpose(0, 1)[None]
         lse = torch.full((1, *parts.shape[:2]), float("nan"))
         config = ForwardConfig(128, 64, 4, 2)
@@ -74,7 +74,7 @@ def operator_in_the_interpreter(monkeypatch):
         block_sparse_backward.launch_dkdv(rows, k, v, do, *stats, dk, dv, index, softmax_scale=scale, config=config)
         block_sparse_backward.launch_dq(rows, k, v, do, *stats, rows, index, softmax_scale=scale, config=config)
 
-    monkeypatch.setattr(launch, "run_operator", attend)
+    monkeypatch.setattr(launch, "run_operator", attend_rows)
     monkeypatch.setattr(launch, "differentiate_operator", differentiate)
 
 
@@ -131,8 +131,8 @@ def test_pairs_are_sorted_by_chunk_and_token(name):
         pairs = sort.sort_pairs(words, chunks, topk)
         lists, counts = sort.tile_lists(pairs, 3, 2)
         offsets, entries, order = sort.transposed_lists(pairs, 3, 2)
-    assert torch.equal(pairs.sizes[:, :, 0], chosen.sum(-1).int())
-    assert (pairs.crowded == 0).all()
+    assert torch.equal(pairs.sizes[:, :, :, 0], chosen.sum(-1).int().expand(2, -1, -1, -1))
+    assert (pairs.walks == 0).all()
     assert torch.equal(pairs.raster, from_chunk_order_place(chunks))
     for b in range(chosen.shape[0]):
         for h in range(chosen.shape[1]):
@@ -166,8 +166,7 @@ def from_chunk_order_place(chunks):
     return to_chunk_order(torch.arange(chunks.length)[None], chunks)[0].int()
 
 
-def check(q, k, v, words, chunks, topk, forward, backward):
-    scale = 0.3
+def check(q, k, v, words, chunks, topk, forward, backward, scale=0.3):
     dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(5)).to(q.dtype)
     with poisoned_memory():
         out, lse = forward(q, k, v, words, chunks, topk, scale)
@@ -202,12 +201,6 @@ def test_gathered_attention_agrees_with_the_reference(name):
     check(q, k, v, words, chunks, topk, launch._gathered_forward, launch._gathered_backward)
 
 
-def test_gathered_queries_may_keep_different_numbers_of_chunks():
-    q, k, v, chunks, _ = make("temporal_short_last")
-    words = reference.select_bits(q, k, chunks, Selection("threshold", threshold=0.35))
-    check(q, k, v, words, chunks, 0, launch._gathered_forward, launch._gathered_backward)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_indexed_attention_agrees_with_the_reference(name):
     q, k, v, chunks, how = make(name)
@@ -216,25 +209,82 @@ def test_indexed_attention_agrees_with_the_reference(name):
     check(q, k, v, words, chunks, topk, launch._indexed_forward, launch._indexed_backward)
 
 
-@pytest.mark.parametrize(("name", "threshold", "share", "least_kept", "crowded"), [
+@pytest.fixture
+def found_pairs(monkeypatch):
+    """What was sorted, call by call."""
+    found = []
+    sort_pairs = sort.sort_pairs
+    monkeypatch.setattr(sort, "sort_pairs", lambda *x, **y: found.append(sort_pairs(*x, **y)) or found[-1])
+    return found
+
+
+def which_are_walked(pairs, chunks):
+    """Of the ranges that hold tokens: "none", "some" or "all"."""
+    share = float((pairs.walks[:, :, : -(-chunks.length // sort.TILE)] > 0).float().mean())
+    return {0.0: "none", 1.0: "all"}.get(share, "some")
+
+
+@pytest.mark.parametrize(("name", "threshold", "share", "least_kept", "walked"), [
     ("st_many", 0.35, 1e9, 99, "none"), ("st", 0.35, 0.0, 99, "none"), ("temporal_short_last", 0.6, 0.0, 1, "some"),
-    ("spatial", 0.6, 1e9, 1, "all"),
+    ("spatial", 0.6, 1e9, 1, "some"), ("st", 1.0, 1e9, 1, "all"),
 ])  # fmt: skip
-def test_queries_may_keep_different_numbers_of_chunks(name, threshold, share, least_kept, crowded, monkeypatch):
-    """Heads of one unit (share 1e9) and of several, and units without room for their pairs, included."""
+def test_queries_may_keep_different_numbers_of_chunks(
+    name, threshold, share, least_kept, walked, monkeypatch, found_pairs
+):
+    """Heads of one unit (share 1e9) and of several, and ranges without room for their pairs, included."""
     q, k, v, chunks, _ = make(name)
     words = reference.select_bits(q, k, chunks, Selection("threshold", threshold=threshold))
     for variable, value in (
-        ("LEAST_KEPT", least_kept), ("LEAST_UNIT", 64), ("FORWARD_SHARE", share), ("BACKWARD_SHARE", share)
+        ("LEAST_KEPT", least_kept), ("LEAST_UNIT", 64), ("FORWARD_SHARE", share), ("BACKWARD_SHARE", share),
+        ("FORWARD_WASTE", 0.0), ("BACKWARD_WASTE", 0.0),
     ):  # fmt: skip
         monkeypatch.setattr(launch, variable, value)
-    found = []
-    sort_pairs = sort.sort_pairs
-    monkeypatch.setattr(sort, "sort_pairs", lambda *x: found.append(sort_pairs(*x)) or found[-1])
     check(q, k, v, words, chunks, 0, launch._indexed_forward, launch._indexed_backward)
-    assert (found[0].per_head > 1) == (share == 0.0)
-    share_crowded = float(found[0].crowded.float().mean())
-    assert {0.0: "none", 1.0: "all"}.get(share_crowded, "some") == crowded
+    assert (found_pairs[0].per_head > 1) == (share == 0.0)
+    assert [which_are_walked(pairs, chunks) for pairs in found_pairs] == [walked, walked]
+
+
+@pytest.mark.parametrize(("least_kept", "walked"), [(99, "none"), (1, "some")])
+def test_gathered_queries_may_keep_different_numbers_of_chunks(least_kept, walked, monkeypatch, found_pairs):
+    q, k, v, chunks, _ = make("temporal_short_last")
+    words = reference.select_bits(q, k, chunks, Selection("threshold", threshold=0.6))
+    monkeypatch.setattr(launch, "LEAST_KEPT", least_kept)
+    check(q, k, v, words, chunks, 0, launch._gathered_forward, launch._gathered_backward)
+    assert [which_are_walked(pairs, chunks) for pairs in found_pairs] == ["none", walked]
+
+
+@pytest.mark.parametrize(("name", "threshold", "walked"), [
+    ("temporal_short_last", None, "some"), ("temporal_short_last", 0.4, "all"), ("temporal_short_last_in_place", 0.4, "some"),
+    ("spatial", None, "some"), ("spatial", 0.4, "some"), ("st", None, "all"), ("st", 0.4, "some"), ("st_many", None, "some"),
+])  # fmt: skip
+def test_walked_ranges_agree_with_the_reference(name, threshold, walked, monkeypatch, found_pairs):
+    """Every second range of 128 queries agrees but for two of them; then those that do not agree are walked too."""
+    q, k, v, chunks, how = make(name)
+    in_order = to_chunk_order(q, chunks).clone()
+    for first in range(0, chunks.length, 2 * sort.TILE):
+        in_order[:, first + 2 : first + sort.TILE] = in_order[:, first : first + 1]
+    q = from_chunk_order(in_order, chunks)
+    how = how if threshold is None else Selection("threshold", threshold=threshold)
+    words = reference.select_bits(q, k, chunks, how)
+    by_range = [x.sum(3) for x in unpack_bits(words, chunks.num_chunks).split(sort.TILE, 3)]
+    wastes = [((x > 0).sum(2) * sort.TILE / x.sum(2)) for x in by_range]
+    middle = (float(min(x.min() for x in wastes)) + float(max(x.max() for x in wastes))) / 2
+    for variable in ("FORWARD_WASTE", "BACKWARD_WASTE"):
+        monkeypatch.setattr(launch, variable, middle if walked == "some" else 1e9)
+    topk = min(how.topk, chunks.num_chunks) if threshold is None else 0
+    check(q, k, v, words, chunks, topk, launch._indexed_forward, launch._indexed_backward)
+    assert [which_are_walked(pairs, chunks) for pairs in found_pairs] == [walked, walked]
+
+
+@pytest.mark.parametrize("waste", [0.0, 1e9])
+@pytest.mark.parametrize(("scale", "is_wide"), [(-0.3, False), (0.0, False), (0.3, True)])
+def test_odd_scales_and_wide_offsets(waste, scale, is_wide, monkeypatch):
+    q, k, v, chunks, how = make("temporal_short_last_in_place")
+    words = reference.select_bits(q, k, chunks, how)
+    for name, value in (("FORWARD_WASTE", waste), ("BACKWARD_WASTE", waste)):
+        monkeypatch.setattr(launch, name, value)
+    monkeypatch.setattr(attend, "is_wide", lambda *_: is_wide)
+    check(q, k, v, words, chunks, how.topk, launch._indexed_forward, launch._indexed_backward, scale)
 
 
 @pytest.mark.parametrize("path", ["gathered", "indexed"])

@@ -13,7 +13,7 @@ from attnmux.testing import (
 )
 from attnmux_vmoba import moba_attention, select_chunks
 from attnmux_vmoba.ops import attend_chunks
-from attnmux_vmoba.prepare import Selection, from_chunk_order, pack_bits, resolve_chunks, self_chunks
+from attnmux_vmoba.prepare import Selection, from_chunk_order, pack_bits, resolve_chunks, self_chunks, to_chunk_order
 from attnmux_vmoba.reference import choose_chunks, gate_chunks
 
 pytestmark = pytest.mark.gpu
@@ -77,6 +77,9 @@ def test_choice_is_that_of_float64(name, dtype):
         how = Selection("threshold", threshold=threshold)
         found = select_chunks(q, k, **options, select_mode="threshold", threshold=threshold, engine="triton")
         assert_choice_is_exact(found, q, k, chunks, how)
+
+
+MODES = {"topk": {}, "threshold": {"select_mode": "threshold", "threshold": 0.4}}
 
 
 def token_mask(chosen, chunks):
@@ -157,13 +160,44 @@ def test_thresholds_agree_with_the_dense_mask(name, least_kept, monkeypatch):
     assert_call_is_right(lambda *x: moba_attention(*x, **options), inputs, token_mask(chosen, chunks))
 
 
+@pytest.mark.parametrize("least_kept", [1, 99])
+@pytest.mark.parametrize("name", ["temporal_short", "spatial_padded", "st_small"])
+def test_thresholds_agree_on_the_operator(name, least_kept, monkeypatch):
+    from attnmux_vmoba.kernels import launch
+
+    for variable, value in (("LEAST_KEPT", least_kept), ("OPERATOR_CHUNK_TOKENS", 0), ("BACKWARD_SHARE", 1e9)):
+        monkeypatch.setattr(launch, variable, value)
+    inputs, chunks, options = make(name)
+    options |= {"select_mode": "threshold", "threshold": 0.5, "engine": "triton"}
+    chosen = select_chunks(inputs.q, inputs.k, **options)
+    assert_call_is_right(lambda *x: moba_attention(*x, **options), inputs, token_mask(chosen, chunks))
+
+
+@pytest.mark.parametrize("waste", [1.3, 1e9])
+@pytest.mark.parametrize("mode", ["topk", "threshold"])
+@pytest.mark.parametrize(
+    "name", ["temporal_in_place", "temporal_end", "spatial", "st", "st_many_chunks", "head_80", "head_256"]
+)
+def test_walked_ranges_agree_with_the_dense_mask(name, mode, waste, monkeypatch):
+    """Every second range of 128 queries agrees but for two; then those that do not agree are walked too."""
+    from attnmux_vmoba.kernels import launch
+
+    for variable, value in (("FORWARD_WASTE", waste), ("BACKWARD_WASTE", waste), ("OPERATOR_CHUNK_TOKENS", 10**9)):
+        monkeypatch.setattr(launch, variable, value)
+    inputs, chunks, options = make(name)
+    options |= {"engine": "triton"} | MODES[mode]
+    in_order = to_chunk_order(inputs.q, chunks).clone()
+    for first in range(0, chunks.length, 256):
+        in_order[:, first + 2 : first + 128] = in_order[:, first : first + 1]
+    inputs = inputs._replace(q=from_chunk_order(in_order, chunks))
+    chosen = select_chunks(inputs.q, inputs.k, **options)
+    assert_call_is_right(lambda *x: moba_attention(*x, **options), inputs, token_mask(chosen, chunks))
+
+
 def run_with_gradients(inputs, options):
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = moba_attention(*leaves, **options)
     return out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))
-
-
-MODES = {"topk": {}, "threshold": {"select_mode": "threshold", "threshold": 0.4}}
 
 
 @pytest.mark.usefixtures("path")

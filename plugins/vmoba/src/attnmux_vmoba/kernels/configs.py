@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """The choice of chunks. rows: queries of a tile. step: channels per product. warps: of the kernel."""
+    """The choice of chunks. rows: queries of a tile. step: channels per product; all keep the queries. warps: of the kernel."""
 
     rows: int
     step: int
@@ -16,7 +16,7 @@ def select_config(cols: int) -> SelectConfig:
     """The table row for a number of chunks, rounded up to a power of two, 16 to 512; chosen by registers, not measured."""
     # four warps of 16 rows each: a row's best is then found within a warp, without shared memory
     if cols <= 128:
-        return SelectConfig(64, 64, 4)
+        return SelectConfig(64, 128, 4)
     if cols == 256:
         return SelectConfig(64, 32, 8)
     return SelectConfig(32, 32, 8)
@@ -38,9 +38,10 @@ class AttendConfig:
 
 @dataclass(frozen=True)
 class AttendConfigs:
-    """What runs for one head size: the forward pass, dK with dV, and dQ."""
+    """What runs for one head size: the forward pass on tiles, on walked ranges, dK with dV, and dQ."""
 
     forward: AttendConfig
+    walk: AttendConfig
     dkdv: AttendConfig
     dq: AttendConfig
 
@@ -49,7 +50,10 @@ def attend_configs(head_dim_padded: int) -> AttendConfigs:
     """The table row for a head size, rounded up to a power of two."""
     if head_dim_padded > 128:
         # not measured
-        return AttendConfigs(AttendConfig(64, 32, 4, 2), AttendConfig(32, 32, 4, 2), AttendConfig(32, 32, 4, 2))
-    # H100, D=128, 30,720 tokens, 12 heads, chunks of 384, top-k 8: forward 2.2 ms (128 keys and 8 warps 2.4, 64 keys and 8 warps
-    # 2.5, a stage more the same), dkdv 3.4 ms, dq 2.3 ms (128 rows and 8 warps 2.7).
-    return AttendConfigs(AttendConfig(128, 64, 4, 2), AttendConfig(64, 64, 4, 2), AttendConfig(64, 64, 4, 2))
+        return AttendConfigs(*(AttendConfig(64, 32, 4, 2),) * 2, *(AttendConfig(32, 32, 4, 2),) * 2)
+    # H100, D=128, 30,720 tokens, 12 heads, chunks of 384, top-k 8: forward 2.0 ms (128 keys and 8 warps 2.1; of chunks of 1,920,
+    # top-k 3, 2.8 for 3.0), dkdv 2.6 ms (128 keys and 8 warps 2.8), dq 2.3 ms (128 rows and 8 warps 2.7). Walked, 8.4 chunks a
+    # range: 1.46 ms, and with 8.9 1.54 (64 keys and 8 warps 1.81, 4 warps 2.09, 32 keys and 4 warps 1.75, 64 rows and 64 keys
+    # 1.73); dq the same with 64 rows and with 128.
+    tile = AttendConfig(64, 64, 4, 2)
+    return AttendConfigs(AttendConfig(128, 64, 4, 2), AttendConfig(128, 128, 8, 2), tile, tile)

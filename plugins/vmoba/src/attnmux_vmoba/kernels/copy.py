@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from attnmux_vmoba.kernels.geometry import GEOMETRY, geometry_arguments, load_rows, raster_of, store_rows
+from attnmux_vmoba.kernels.relaunch import Launches, launch
 
 ROWS = 64
 
@@ -136,7 +137,7 @@ def _vmoba_merge_kernel(
         part = load_rows(part_ptr, rows, is_pair, D, D, D_PAD)
         acc += share[:, None] * part.to(tl.float32)
         weight += share
-    # a token without pairs is one of a crowded unit, or none
+    # a token without pairs is one of a walked range, or none
     is_done = n > 0
     raster = tl.load(raster_ptr + token, mask=is_done, other=0)
     out_ptr += bh // n_heads * stride_out_b + bh % n_heads * stride_out_h
@@ -164,74 +165,77 @@ def _vmoba_sum_kernel(
     store_rows(dst_ptr, acc, raster, n > 0, stride_dst_s, D, D_PAD)
 
 
-def to_chunks(k, v, k_dst, v_dst, chunks, padded_tokens: int) -> None:
+def to_chunks(launches: Launches, k, v, k_dst, v_dst, chunks, padded_tokens: int) -> None:
     """One sample's keys and values `[S, h, D]`, raster order -> `[rows, h, D]`: chunks of `padded_tokens`, zeros at their ends."""
-    _launch_layout(k, v, k_dst, v_dst, chunks, padded_tokens, k_dst.shape[0], to_chunks=True)
+    _launch_layout(launches, k, v, k_dst, v_dst, chunks, padded_tokens, k_dst.shape[0], to_chunks=True)
 
 
-def from_chunks(k, v, k_dst, v_dst, chunks, padded_tokens: int) -> None:
+def from_chunks(launches: Launches, k, v, k_dst, v_dst, chunks, padded_tokens: int) -> None:
     """The inverse of `to_chunks`, into `[S, h, D]`; padding is dropped."""
-    _launch_layout(k, v, k_dst, v_dst, chunks, padded_tokens, k.shape[0], to_chunks=False)
+    _launch_layout(launches, k, v, k_dst, v_dst, chunks, padded_tokens, k.shape[0], to_chunks=False)
 
 
-def _launch_layout(k, v, k_dst, v_dst, chunks, padded_tokens, n_rows, *, to_chunks):
+def _launch_layout(launches, k, v, k_dst, v_dst, chunks, padded_tokens, n_rows, *, to_chunks):
     heads, D = k.shape[1:]
-    _vmoba_layout_kernel[(triton.cdiv(n_rows, ROWS), heads, 2)](
+    launch(
+        launches, _vmoba_layout_kernel, (triton.cdiv(n_rows, ROWS), heads, 2),
         k, v, k_dst, v_dst, *k.stride()[:2], *v.stride()[:2], *k_dst.stride()[:2], *v_dst.stride()[:2],
         padded_tokens, n_rows, *geometry_arguments(chunks),
         TO_CHUNKS=to_chunks, ROWS=ROWS, D=D, D_PAD=triton.next_power_of_2(D), num_warps=4)
 
 
-def gather_queries(q, pairs, first_unit, dst) -> None:
+def gather_queries(launches: Launches, q, pairs, first_unit, dst) -> None:
     """Queries of the units from `first_unit` on to the rows of their pairs, in dst `[units, n_rows, D]`; its other rows are left.
 
     q is `[B, S, H, D]`, and a unit a head.
     """
-    _launch_gather(q, None, None, None, pairs, first_unit, dst, None, None)
+    _launch_gather(launches, q, None, None, None, pairs, first_unit, dst, None, None)
 
 
-def gather_for_backward(q, dout, out, lse, pairs, first_unit, q_dst, do_dst, stats) -> None:
+def gather_for_backward(launches: Launches, q, dout, out, lse, pairs, first_unit, q_dst, do_dst, stats) -> None:
     """As `gather_queries`, for q and dout, with zeros between chunks; and the statistics of the rows.
 
     lse: float32 [B, H, S], tokens in chunk order. stats: float32 [2, units, n_stats], the base-2 LSE and delta of every row;
     n_stats is n_rows up to a multiple of 256.
     """
-    _launch_gather(q, dout, out, lse, pairs, first_unit, q_dst, do_dst, stats)
+    _launch_gather(launches, q, dout, out, lse, pairs, first_unit, q_dst, do_dst, stats)
 
 
-def _launch_gather(q, dout, out, lse, pairs, first_unit, q_dst, do_dst, stats):
+def _launch_gather(launches, q, dout, out, lse, pairs, first_unit, q_dst, do_dst, stats):
     S, heads, D = q.shape[1:]
-    C = pairs.sizes.shape[3]
+    C = pairs.starts.shape[3]
     n_token_blocks = triton.cdiv(S, ROWS)
     for_backward = dout is not None
     if not for_backward:
         dout = out = q
-        lse, do_dst, lse2, delta = pairs.sizes, q_dst, q_dst[0], q_dst[0]
+        lse, do_dst, lse2, delta = pairs.starts, q_dst, q_dst[0], q_dst[0]
     else:
         lse2, delta = stats.unbind(0)
-    _vmoba_gather_kernel[(n_token_blocks + (C if for_backward else 0), q_dst.shape[0])](
-        q, dout, out, lse, pairs.firsts, pairs.rows, pairs.raster, pairs.sizes, pairs.starts, q_dst, do_dst, lse2, delta,
+    launch(
+        launches, _vmoba_gather_kernel, (n_token_blocks + (C if for_backward else 0), q_dst.shape[0], 1),
+        q, dout, out, lse, pairs.firsts, pairs.rows, pairs.raster, pairs.sizes[0], pairs.starts, q_dst, do_dst, lse2, delta,
         *q.stride()[:3], *dout.stride()[:3], *out.stride()[:3],
         first_unit, heads, n_token_blocks, pairs.unit_tokens, pairs.rows.shape[3], q_dst.shape[1], lse2.shape[1], C, S,
         FOR_BACKWARD=for_backward, ROWS=ROWS, TILE=128, D=D, D_PAD=triton.next_power_of_2(D), num_warps=4)
 
 
-def merge_parts(parts, part_lse, pairs, first_unit, out, lse) -> None:
+def merge_parts(launches: Launches, parts, part_lse, pairs, first_unit, out, lse) -> None:
     """Merge what the units from `first_unit` on hold in parts `[units, n_rows, D]` and their LSE, by the LSE.
 
-    Fills their rows of out `[B, S, H, D]`, raster order, and of lse `[B, H, S]`, chunk order. Crowded units are left alone.
+    Fills their rows of out `[B, S, H, D]`, raster order, and of lse `[B, H, S]`, chunk order. Walked ranges are left alone.
     """
-    _launch_over_pairs(_vmoba_merge_kernel, (parts, part_lse), pairs, first_unit, (out, lse))
+    _launch_over_pairs(launches, _vmoba_merge_kernel, (parts, part_lse), pairs, first_unit, (out, lse))
 
 
-def sum_parts(parts, pairs, first_unit, dst) -> None:
+def sum_parts(launches: Launches, parts, pairs, first_unit, dst) -> None:
     """Fill the rows of dst `[B, S, H, D]`, raster order, with the sums of parts `[units, n_rows, D]`; see `merge_parts`."""
-    _launch_over_pairs(_vmoba_sum_kernel, (parts,), pairs, first_unit, (dst,))
+    _launch_over_pairs(launches, _vmoba_sum_kernel, (parts,), pairs, first_unit, (dst,))
 
 
-def _launch_over_pairs(kernel, parts, pairs, first_unit, targets):
+def _launch_over_pairs(launches, kernel, parts, pairs, first_unit, targets):
     n_units, n_rows, D = parts[0].shape
-    kernel[(triton.cdiv(pairs.unit_tokens, ROWS), n_units)](
+    launch(
+        launches, kernel, (triton.cdiv(pairs.unit_tokens, ROWS), n_units, 1),
         *parts, pairs.firsts, pairs.rows, pairs.raster, *targets, *targets[0].stride()[:3],
         first_unit, pairs.per_head, targets[0].shape[2], pairs.unit_tokens, pairs.rows.shape[3], n_rows, targets[0].shape[1],
         ROWS=ROWS, D=D, D_PAD=triton.next_power_of_2(D), num_warps=4)

@@ -5,10 +5,15 @@ vain. Large chunks: queries are gathered to the rows of their pairs, and the blo
 ones: kernels of this plugin read rows by index (`_indexed_*`). Partial outputs are merged by their log-sum-exps; the backward pass
 takes the merged output and log-sum-exp, with which the gradients of every part are exact, and sums dQ over the parts.
 
+Ranges of queries that agree on their chunks are not sorted but walked, without partial outputs, by the kernels by index. The device
+decides, and both ways are always launched: programs without work end at once.
+
 Heads are taken in slices, so that what is gathered, or partial, stays small next to q, k, v and the output.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -19,14 +24,23 @@ from attnmux_blocksparse.kernels.arguments import IndexTensors
 from attnmux_vmoba.kernels import attend, copy, differentiate, sort
 from attnmux_vmoba.kernels.configs import attend_configs
 
-# Of the bytes of q, k, v and out (backward: and of their gradients), what the buffers of a slice of heads may take, so that
-# the peak stays below 1.3 times that of dense attention.
-FORWARD_SHARE = 0.33
+if TYPE_CHECKING:
+    from attnmux_vmoba.kernels.relaunch import Launches
+
+# Of the bytes of q, k, v and out (backward: and of their gradients), what the tables of the sort and the buffers of a slice
+# of heads may take, so that the peak stays below 1.3 times that of dense attention.
+FORWARD_SHARE = 0.35
 BACKWARD_SHARE = 0.57
 
-# From this many tokens a chunk on the operator runs on gathered rows; reading by index spares the host the launches of copies.
-# H100, forward, 12 heads, operator / by index: chunks of 1,920 3.2 / 3.5 ms; of 384 9.2 / 3.2 ms (in a CUDA graph 3.0 / 3.2).
+# From this many tokens a chunk on the operator runs on gathered rows. Reading by index spares the host the launches of copies, and
+# only there ranges are walked. H100, 12 heads, forward, operator / by index: chunks of 1,920 2.44 / 3.32 ms (walked, where queries
+# agree: 3.18), of 384 9.2 / 3.2 ms (in a CUDA graph 3.0 / 3.2).
 OPERATOR_CHUNK_TOKENS = 1024
+
+# A range is walked where that computes at most so many times the scores of its pairs. H100, chunks of 384, top-k 8: the tiles and
+# merging them take as long as walking 1.7 times the scores, in the backward pass (dQ alone) 1.45 times.
+FORWARD_WASTE = 1.6
+BACKWARD_WASTE = 1.4
 
 # Where queries keep different numbers of chunks there is room for a quarter of all pairs, and for this many a query at least.
 LEAST_KEPT = 8
@@ -93,12 +107,12 @@ class _Keys:
             torch.empty(number, heads, self.rows, k.shape[3], device=k.device, dtype=k.dtype).transpose(1, 2).unbind(0)
         )
 
-    def arrange(self, k, v, k_buffer, v_buffer):
+    def arrange(self, launches, k, v, k_buffer, v_buffer):
         """Arrange k and v `[S, h, D]` -> `[1, rows, h, D]`."""
         if self.in_place:
             return k[None], v[None]
         k_, v_ = k_buffer[:, : k.shape[1]], v_buffer[:, : k.shape[1]]
-        copy.to_chunks(k, v, k_, v_, self.chunks, self.padded)
+        copy.to_chunks(launches, k, v, k_, v_, self.chunks, self.padded)
         return k_[None], v_[None]
 
     def lengths(self, device):
@@ -135,7 +149,8 @@ def attention_forward(q, k, v, words, chunks, topk: int, softmax_scale: float):
     """
     topk = min(topk, chunks.num_chunks)
     budget = _budget(q, k, FORWARD_SHARE * 2)
-    forward = _gathered_forward if takes_operator(q, chunks, topk, budget) else _indexed_forward
+    is_gathered = takes_operator(q, chunks, topk or chunks.num_chunks, budget)
+    forward = _gathered_forward if is_gathered else _indexed_forward
     with torch.cuda.device(q.device):
         return forward(q, k, v, words, chunks, topk, softmax_scale)
 
@@ -145,23 +160,38 @@ def _budget(q, k, share: float) -> float:
     return share * (q.numel() + k.numel()) * q.element_size()
 
 
-def takes_operator(q, chunks, topk: int, budget: float) -> bool:
+def _beside_tables(budget: float, rows: int) -> float:
+    """What is left beside the tables of the sort: 4 bytes for every pair and for every row, of all heads."""
+    return max(budget - 8 * rows, budget / 4)
+
+
+def takes_operator(q, chunks, kept: int, budget: float) -> bool:
     """Whether the block-sparse operator runs on gathered rows, rather than the kernels that read by index.
 
-    It needs room for every pair of a head, also where queries keep different numbers of chunks.
+    The rows of a head, `kept` for every query, must fit the budget.
     """
-    rows = q.shape[1] * (topk or chunks.num_chunks)
-    return chunks.chunk_tokens >= OPERATOR_CHUNK_TOKENS and (topk > 0 or rows * q.shape[3] * q.element_size() <= budget)
+    rows = q.shape[1] * kept
+    return chunks.chunk_tokens >= OPERATOR_CHUNK_TOKENS and rows * q.shape[3] * q.element_size() <= budget
 
 
-def _plan(q, words, chunks, topk: int, row_bytes: int, budget: float):
-    """Sorted pairs, and the units of a slice whose rows, of `row_bytes` each, fit the budget."""
-    C, heads = chunks.num_chunks, q.shape[0] * q.shape[2]
-    kept = topk or min(C, max(LEAST_KEPT, -(-C // 4)))
-    per_head = (q.shape[1] * kept + C * sort.TILE) * row_bytes
-    # top-k never splits a head: more units are more padding, and no smaller a number of slices
-    units = 1 if topk else max(1, min(-(-int(per_head) // max(1, int(budget))), -(-q.shape[1] // LEAST_UNIT)))
-    pairs = sort.sort_pairs(words, chunks, kept, units)
+def room(chunks, topk: int) -> int:
+    """Chunks a query for which there is room, the mean over a unit."""
+    return topk or min(chunks.num_chunks, max(LEAST_KEPT, -(-chunks.num_chunks // 4)))
+
+
+def may_overflow(chunks, topk: int) -> bool:
+    """Whether there can be more pairs than room."""
+    return room(chunks, topk) < chunks.num_chunks and not topk
+
+
+def _plan(q, words, chunks, topk: int, row_bytes: int, budget: float, most_waste: float, *, orders_walked: bool):
+    """Sorted pairs, and the units of a slice whose rows, of `row_bytes` each, fit the budget beside the tables of the sort."""
+    C, heads, S = chunks.num_chunks, q.shape[0] * q.shape[2], q.shape[1]
+    kept = room(chunks, topk)
+    per_head = S * kept + C * sort.TILE
+    budget = _beside_tables(budget, heads * per_head)
+    units = max(1, min(-(-per_head * row_bytes // max(1, int(budget))), -(-S // LEAST_UNIT)))
+    pairs = sort.sort_pairs(words, chunks, kept, units, most_waste, orders_walked=orders_walked)
     fitting = max(1, int(budget / (pairs.tiles * sort.TILE * row_bytes)))
     slices = -(-heads * units // fitting)
     return pairs, -(-heads * units // slices)
@@ -170,20 +200,21 @@ def _plan(q, words, chunks, topk: int, row_bytes: int, budget: float):
 def _indexed_forward(q, k, v, words, chunks, topk, softmax_scale):
     B, S, heads, D = q.shape
     budget = _budget(q, k, FORWARD_SHARE * 2)
-    pairs, per_slice = _plan(q, words, chunks, topk, D * q.element_size() + 4, budget)
-    tiles, config = sort.describe_tiles(pairs), attend_configs(triton.next_power_of_2(D)).forward
+    row_bytes = D * q.element_size() + 4
+    pairs, per_slice = _plan(q, words, chunks, topk, row_bytes, budget, FORWARD_WASTE, orders_walked=False)
+    tiles, configs = sort.describe_tiles(pairs), attend_configs(triton.next_power_of_2(D))
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     lse = torch.empty(B, heads, S, device=q.device, dtype=torch.float32)
+    attend.launch_walk(q, k, v, words, pairs, out, lse, chunks, softmax_scale=softmax_scale, config=configs.walk)
+    options = {"softmax_scale": softmax_scale, "config": configs.forward}
     n_rows = pairs.tiles * sort.TILE
     parts = torch.empty(per_slice, n_rows, D, device=q.device, dtype=q.dtype)
     part_lse = torch.empty(per_slice, n_rows, device=q.device, dtype=torch.float32)
-    options = {"softmax_scale": softmax_scale, "config": config}
+    launches: Launches = {}
     for first in range(0, pairs.units, per_slice):
         used = slice(0, min(per_slice, pairs.units - first))
-        attend.launch_parts(q, k, v, words, pairs, tiles, parts[used], part_lse[used], first, chunks, **options)
-        copy.merge_parts(parts[used], part_lse[used], pairs, first, out, lse)
-    if not topk:
-        attend.launch_crowded(q, k, v, words, pairs, out, lse, chunks, **options)
+        attend.launch_parts(launches, q, k, v, pairs, tiles, parts[used], part_lse[used], first, chunks, **options)
+        copy.merge_parts(launches, parts[used], part_lse[used], pairs, first, out, lse)
     return out, lse
 
 
@@ -198,18 +229,19 @@ def _gathered_forward(q, k, v, words, chunks, topk, softmax_scale, engine=None):
     n_rows, group = pairs.tiles * sort.TILE, heads // k.shape[2]
     row_bytes = D * q.element_size()
     key_bytes = 0 if keys.in_place else 2 * keys.rows * row_bytes
-    budget = _budget(q, k, FORWARD_SHARE * 2) / B
+    budget = _beside_tables(_budget(q, k, FORWARD_SHARE * 2), B * heads * n_rows) / B
     per_slice = heads_per_slice(heads, group, n_rows * (row_bytes + 4), key_bytes, budget, whole_groups=False)
     part_buffer = torch.empty(per_slice, n_rows, D, device=q.device, dtype=q.dtype)
     key_buffers = keys.buffers(2, k, per_slice, group)
+    launches: Launches = {}
     for b, qh, kh in _slices(q, k, per_slice):
-        k_, v_ = keys.arrange(k[b, :, kh], v[b, :, kh], *key_buffers)
+        k_, v_ = keys.arrange(launches, k[b, :, kh], v[b, :, kh], *key_buffers)
         parts = part_buffer[: qh.stop - qh.start]
-        copy.gather_queries(q, pairs, b * heads + qh.start, parts)
+        copy.gather_queries(launches, q, pairs, b * heads + qh.start, parts)
         index = _index(keys, lists, counts, lengths, b, qh)
         engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
         part_lse = run_operator(parts, k_, v_, index, softmax_scale, engine)
-        copy.merge_parts(parts, part_lse, pairs, b * heads + qh.start, out, lse)
+        copy.merge_parts(launches, parts, part_lse, pairs, b * heads + qh.start, out, lse)
     return out, lse
 
 
@@ -232,7 +264,8 @@ def attention_backward(dout, q, k, v, out, lse, words, chunks, topk: int, softma
     topk = min(topk, chunks.num_chunks)
     # gathered are queries and their gradients
     budget = _budget(q, k, BACKWARD_SHARE * 4) / 2
-    backward = _gathered_backward if takes_operator(q, chunks, topk, budget) else _indexed_backward
+    is_gathered = takes_operator(q, chunks, room(chunks, topk), budget)
+    backward = _gathered_backward if is_gathered else _indexed_backward
     with torch.cuda.device(q.device):
         return backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scale)
 
@@ -240,29 +273,30 @@ def attention_backward(dout, q, k, v, out, lse, words, chunks, topk: int, softma
 def _indexed_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scale):
     D = q.shape[3]
     budget = _budget(q, k, BACKWARD_SHARE * 4)
-    pairs, per_slice = _plan(q, words, chunks, topk, D * q.element_size(), budget)
+    row_bytes = D * q.element_size()
+    pairs, per_slice = _plan(q, words, chunks, topk, row_bytes, budget, BACKWARD_WASTE, orders_walked=True)
     tiles, configs = sort.describe_tiles(pairs), attend_configs(triton.next_power_of_2(D))
     stats = differentiate.launch_stats(out, dout, lse, pairs)
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
     differentiate.launch_dkdv(
-        q, k, v, dout, stats, words, pairs, sort.rank_chunks(pairs), dk, dv, chunks,
-        softmax_scale=softmax_scale, config=configs.dkdv, may_crowd=not topk,
+        q, k, v, dout, stats, words, pairs, dk, dv, chunks,
+        softmax_scale=softmax_scale, config=configs.dkdv, may_overflow=may_overflow(chunks, topk),
     )  # fmt: skip
-    parts = torch.empty(per_slice, pairs.tiles * sort.TILE, D, device=q.device, dtype=q.dtype)
     options = {"softmax_scale": softmax_scale, "config": configs.dq}
+    differentiate.launch_dq_walk(q, k, v, dout, stats, words, pairs, dq, chunks, **options)
+    parts = torch.empty(per_slice, pairs.tiles * sort.TILE, D, device=q.device, dtype=q.dtype)
+    launches: Launches = {}
     for first in range(0, pairs.units, per_slice):
         used = parts[: min(per_slice, pairs.units - first)]
-        differentiate.launch_dq_parts(q, k, v, dout, stats, words, pairs, tiles, used, first, chunks, **options)
-        copy.sum_parts(used, pairs, first, dq)
-    if not topk:
-        differentiate.launch_crowded_dq(q, k, v, dout, stats, words, pairs, dq, chunks, **options)
+        differentiate.launch_dq_parts(launches, q, k, v, dout, stats, pairs, tiles, used, first, chunks, **options)
+        copy.sum_parts(launches, used, pairs, first, dq)
     return dq, dk, dv
 
 
 def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scale, engine=None):
     heads, D = q.shape[2:]
     keys = _Keys(chunks)
-    pairs = sort.sort_pairs(words, chunks, topk or chunks.num_chunks)
+    pairs = sort.sort_pairs(words, chunks, room(chunks, topk))
     lists, counts = sort.tile_lists(pairs, keys.chunk_blocks, keys.last_blocks)
     transposed = sort.transposed_lists(pairs, keys.chunk_blocks, keys.last_blocks)
     lengths = keys.lengths(q.device)
@@ -270,26 +304,37 @@ def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_sca
     n_rows, group = pairs.tiles * sort.TILE, heads // k.shape[2]
     row_bytes = D * q.element_size()
     key_bytes = 0 if keys.in_place else 4 * keys.rows * row_bytes
-    budget = _budget(q, k, BACKWARD_SHARE * 4) / q.shape[0]
+    budget = _beside_tables(_budget(q, k, BACKWARD_SHARE * 4), q.shape[0] * heads * n_rows) / q.shape[0]
     per_slice = heads_per_slice(heads, group, n_rows * (2 * row_bytes + 8), key_bytes, budget, whole_groups=True)
     part_buffers = torch.empty(2, per_slice, n_rows, D, device=q.device, dtype=q.dtype)
     stat_buffers = torch.empty(2, per_slice, -(-n_rows // 256) * 256, device=q.device, dtype=torch.float32)
     *key_buffers, dk_buffer, dv_buffer = keys.buffers(4, k, per_slice, group)
+    launches: Launches = {}
     for b, qh, kh in _slices(q, k, per_slice):
-        k_, v_ = keys.arrange(k[b, :, kh], v[b, :, kh], *key_buffers)
+        k_, v_ = keys.arrange(launches, k[b, :, kh], v[b, :, kh], *key_buffers)
         dk_, dv_ = dk[b, :, kh], dv[b, :, kh]
         if not keys.in_place:
             dk_, dv_ = dk_buffer[:, : dk_.shape[1]], dv_buffer[:, : dk_.shape[1]]
         (parts, do), stats = part_buffers[:, : qh.stop - qh.start], stat_buffers[:, : qh.stop - qh.start]
-        copy.gather_for_backward(q, dout, out, lse, pairs, b * heads + qh.start, parts, do, stats)
+        copy.gather_for_backward(launches, q, dout, out, lse, pairs, b * heads + qh.start, parts, do, stats)
         index = _index(keys, lists, counts, lengths, b, qh, transposed)
         engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
         differentiate_operator(
             parts, do, stats[0], stats[1], k_, v_, dk_[None], dv_[None], index, softmax_scale, engine
         )
-        copy.sum_parts(parts, pairs, b * heads + qh.start, dq)
+        copy.sum_parts(launches, parts, pairs, b * heads + qh.start, dq)
         if not keys.in_place:
-            copy.from_chunks(dk_, dv_, dk[b, :, kh], dv[b, :, kh], chunks, keys.padded)
+            copy.from_chunks(launches, dk_, dv_, dk[b, :, kh], dv[b, :, kh], chunks, keys.padded)
+    if may_overflow(chunks, topk):
+        configs = attend_configs(triton.next_power_of_2(D))
+        stats = differentiate.launch_stats(out, dout, lse, pairs)
+        differentiate.launch_dkdv(
+            q, k, v, dout, stats, words, pairs, dk, dv, chunks,
+            softmax_scale=softmax_scale, config=configs.dkdv, may_overflow=True, adds=True,
+        )  # fmt: skip
+        differentiate.launch_dq_walk(
+            q, k, v, dout, stats, words, pairs, dq, chunks, softmax_scale=softmax_scale, config=configs.dq
+        )
     return dq, dk, dv
 
 

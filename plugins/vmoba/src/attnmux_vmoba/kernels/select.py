@@ -30,7 +30,7 @@ TERMS = 3
 
 @triton.jit(do_not_specialize=["n_heads", "n_pieces", *GEOMETRY])
 def _vmoba_pool_kernel(
-    k_ptr, sum_ptr, stride_b, stride_s, stride_h, n_heads, n_pieces,
+    k_ptr, sum_ptr, raster_ptr, stride_b, stride_s, stride_h, n_heads, n_pieces,
     n_h, n_w, box_t, box_h, box_w, grid_h, grid_w, chunk_tokens, length,
     PIECE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
 ):
@@ -43,6 +43,8 @@ def _vmoba_pool_kernel(
     for start in range(piece * PIECE, tl.minimum((piece + 1) * PIECE, end), ROWS):
         place = start + tl.arange(0, ROWS)
         rows = raster_of(chunk, place, n_h, n_w, box_t, box_h, box_w, grid_h, grid_w)
+        if bh == 0:
+            tl.store(raster_ptr + chunk * chunk_tokens + place, rows, mask=place < end)
         acc += tl.sum(load_rows(k_ptr, rows, place < end, stride_s, D, D_PAD).to(tl.float32), 0)
     offs_d = tl.arange(0, D_PAD)
     at = (bh * tl.num_programs(0) + tl.program_id(0)) * D
@@ -123,10 +125,10 @@ def _within_share(gates, is_own, is_valid, cols, threshold, KEEPS_ONE: tl.conste
     return kept
 
 
-@triton.jit(do_not_specialize=["n_heads", "n_chunks", "n_words", "topk", "threshold", *GEOMETRY])
+@triton.jit(do_not_specialize=["n_heads", "n_chunks", "n_words", "topk", "threshold", "chunk_tokens", "length"])
 def _vmoba_select_kernel(
-    q_ptr, mean_ptr, word_ptr, stride_b, stride_s, stride_h, n_heads, n_chunks, n_words, topk, threshold,
-    n_h, n_w, box_t, box_h, box_w, grid_h, grid_w, chunk_tokens, length,
+    q_ptr, mean_ptr, word_ptr, raster_ptr, stride_b, stride_s, stride_h, n_heads, n_chunks, n_words, topk, threshold,
+    chunk_tokens, length,
     GROUP: tl.constexpr, BY_SHARE: tl.constexpr, KEEPS_ONE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, STEP: tl.constexpr, TERMS: tl.constexpr,
 ):
@@ -136,12 +138,20 @@ def _vmoba_select_kernel(
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_token = token < length
     chunk = token // chunk_tokens
-    rows = raster_of(chunk, token % chunk_tokens, n_h, n_w, box_t, box_h, box_w, grid_h, grid_w)
+    rows = tl.load(raster_ptr + token, mask=is_token, other=0)
     q_ptr += batch * stride_b + head * stride_h
     mean_ptr += (batch * (n_heads // GROUP) + head // GROUP) * TERMS * n_chunks * D
     cols = tl.arange(0, COLS)
     gates = tl.zeros([ROWS, COLS], tl.float32)
-    for term in tl.static_range(TERMS):
+    if STEP == D_PAD:
+        # queries stay, and the means of the next term are on their way during a product
+        q = load_rows(q_ptr, rows, is_token, stride_s, D, D_PAD)
+        offs_d = tl.arange(0, D_PAD)
+        for term in tl.range(0, TERMS, num_stages=2):
+            at = mean_ptr + ((TERMS - 1 - term) * n_chunks + cols)[:, None] * D + offs_d[None, :]
+            means = tl.load(at, mask=(cols < n_chunks)[:, None] & (offs_d < D)[None, :], other=0.0)
+            gates = tl.dot(q, means.T, gates, input_precision="ieee")
+    for term in tl.static_range(TERMS if STEP < D_PAD else 0):
         for start in tl.range(0, D_PAD, STEP, num_stages=1):
             offs_d = start + tl.arange(0, STEP)
             in_q = is_token[:, None] & (offs_d < D)[None, :]
@@ -156,10 +166,17 @@ def _vmoba_select_kernel(
     else:
         least: tl.constexpr = -0x80000000
         keys = tl.where(is_valid & (is_own == 0), _ranked(gates), least)
+        # The least of the best, by values alone: that is the whole choice unless gates are equal, and half the work.
+        last = tl.full([ROWS], 0x7FFFFFFF, tl.int32)
         for _ in range(1, topk):
-            keys = tl.where(_take_best(keys, cols, ROWS, COLS), least, keys)
-        # the own chunk had the least key from the start, and no gate has it
-        kept = is_valid & (keys == least)
+            last = tl.max(tl.where(keys < last[:, None], keys, least), 1)
+        kept = (keys >= last[:, None]) & (keys > least)
+        if tl.max(tl.abs(tl.sum(kept.to(tl.int32), 1) - (topk - 1)), 0) > 0:
+            for _ in range(1, topk):
+                keys = tl.where(_take_best(keys, cols, ROWS, COLS), least, keys)
+            # the own chunk had the least key from the start, and no gate has it
+            kept = is_valid & (is_own == 0) & (keys == least)
+        kept = kept | is_own
     bits = kept.to(tl.int32) << (cols % 32)[None, :]
     for word in range(n_words):
         value = tl.sum(tl.where((cols // 32 == word)[None, :], bits, 0), 1)
@@ -167,18 +184,22 @@ def _vmoba_select_kernel(
 
 
 def mean_keys(k, chunks):
-    """The mean key of every chunk as a sum of three terms in the type of k, the largest first: [B, H_kv, 3, C, D]."""
+    """The mean key of every chunk as a sum of three terms in the type of k, the largest first: [B, H_kv, 3, C, D].
+
+    And the raster position of every token, int32 [S], which divisions give once here.
+    """
     B, S, heads, D = k.shape
     tokens, C = chunks.chunk_tokens, chunks.num_chunks
     pieces = triton.cdiv(tokens, PIECE)
     sums = torch.empty(B, heads, C, pieces, D, device=k.device, dtype=torch.float32)
+    raster = torch.empty(S, device=k.device, dtype=torch.int32)
     _vmoba_pool_kernel[(C * pieces, B * heads)](
-        k, sums, *k.stride()[:3], heads, pieces, *geometry_arguments(chunks),
+        k, sums, raster, *k.stride()[:3], heads, pieces, *geometry_arguments(chunks),
         PIECE=PIECE, ROWS=32, D=D, D_PAD=triton.next_power_of_2(D), num_warps=4)
     terms = torch.empty(B, heads, TERMS, C, D, device=k.device, dtype=k.dtype)
     _vmoba_mean_kernel[(C, B * heads)](
         sums, terms, pieces, C, tokens, S, TERMS=TERMS, D=D, D_PAD=triton.next_power_of_2(D), num_warps=1)
-    return terms
+    return terms, raster
 
 
 def launch_select(q: torch.Tensor, k: torch.Tensor, chunks: ChunkGrid, how: Selection):
@@ -188,13 +209,13 @@ def launch_select(q: torch.Tensor, k: torch.Tensor, chunks: ChunkGrid, how: Sele
     n_words = triton.cdiv(C, 32)
     words = torch.empty(B, heads, n_words, S, device=q.device, dtype=torch.int32)
     with torch.cuda.device(q.device) if q.is_cuda else torch.no_grad():
-        means = mean_keys(k, chunks)
+        means, raster = mean_keys(k, chunks)
         cols = max(16, triton.next_power_of_2(C))
         config = select_config(cols)
         d_pad = triton.next_power_of_2(D)
         _vmoba_select_kernel[(triton.cdiv(S, config.rows), B * heads)](
-            q, means, words, *q.stride()[:3], heads, C, n_words, min(how.topk, C), float(how.threshold),
-            *geometry_arguments(chunks), GROUP=heads // k.shape[2], BY_SHARE=how.mode == "threshold",
+            q, means, words, raster, *q.stride()[:3], heads, C, n_words, min(how.topk, C), float(how.threshold),
+            chunks.chunk_tokens, S, GROUP=heads // k.shape[2], BY_SHARE=how.mode == "threshold",
             KEEPS_ONE=how.keeps_one, ROWS=config.rows, COLS=cols, D=D, D_PAD=d_pad, STEP=min(config.step, d_pad), TERMS=TERMS,
             num_warps=config.warps)
     return words

@@ -1,16 +1,20 @@
 """The pairs (query, chosen chunk) of every unit, sorted by chunk: a stable counting sort without atomics.
 
-count   chosen chunks of every block of queries
-scan    of the counts over the blocks: how many queries before a block chose a chunk; where the rows of a chunk start
-place   the row of every pair, and the query of every row
+count   chosen chunks of every range of 128 queries, and whether the range is walked
+scan    of the counts over the ranges: how many queries before a range chose a chunk; where the rows of a chunk start
+place   the row of every pair, and the query of every row; the chunks of every range that is walked
 lists   for every tile of rows the key blocks of its chunk; for the backward pass also the transpose
 tiles   for every tile of rows its chunk, for kernels that read by index
 rank    the chunks by falling number of queries
 
-A unit is a range of the queries of one head: all of them, or fewer, so that the rows of a unit stay small. Rows of a chunk
-start at a multiple of TILE. With k chunks per query a unit has at most its queries * k + C * TILE rows, whatever is chosen, so
-nothing waits for the device. Where queries keep different numbers of chunks, units have room for a part of all pairs; a unit with
-more is marked as crowded and left unsorted, for kernels that walk all chunks of such a unit.
+A range whose queries agree is walked instead of sorted: a program owns its queries and walks the union of the chunks that they
+chose, with a mask over the rows (`attend`). The union must cost no more than `most_waste` times the pairs of the range. Gradients
+of keys are added up by chunk all the same: for them the queries of walked ranges follow those of the tiles of a chunk in `order`.
+
+A unit is a number of ranges of one head: all of them, or fewer, so that the rows of a unit stay small. Rows of a chunk start at a
+multiple of TILE. With k chunks per query a unit has at most its queries * k + C * TILE rows, whatever is chosen, so nothing waits
+for the device. Where queries keep different numbers of chunks, units have room for a part of all pairs, and all ranges from the
+first one on that finds no room are walked, and are nowhere in `order`.
 """
 
 # Arguments of kernels stand in groups (pointers, strides, sizes, constants), not one a line.
@@ -24,8 +28,8 @@ import triton.language as tl
 
 from attnmux_vmoba.kernels.geometry import GEOMETRY, geometry_arguments, raster_of
 
+# rows of a tile, and queries of a range
 TILE = 128
-QUERIES = 64
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,15 @@ class SortedPairs:
     """Where every pair goes.
 
     Attributes:
-        firsts: int32 [B, H, U, R + 1]: the pairs of token i of a unit are firsts[i] .. firsts[i + 1] of `rows`. Tokens are in chunk
-            order; unit u of U has tokens u * R .. (u + 1) * R of the head. A crowded unit has no pairs.
+        firsts: int32 [B, H, U, n + 1]: the pairs of token i of a unit are firsts[i] .. firsts[i + 1] of `rows`. Tokens are in chunk
+            order; unit u of U has tokens u * n .. (u + 1) * n of the head. Tokens of a walked range have none.
         rows: int32 [B, H, U, capacity]: rows of the pairs, token by token, by rising chunk.
         order: int32 [B, H, U, TILE * tiles]: raster position of the query of a row; what is between chunks is undefined.
         starts: int32 [B, H, U, C]: first row of every chunk.
-        sizes: int32 [B, H, U, C]: queries of every chunk; 0 in a crowded unit.
-        crowded: int32 [B, H, U]: 1 where a unit has more pairs than room.
+        sizes: int32 [2, B, H, U, C]: rows of every chunk, of tiles alone and with those of walked ranges.
+        placed: int32 [B, H, U]: tokens of a unit up to the first range without room.
+        walks: int32 [B, H, R]: chunks that a range walks, 0 where it is sorted. Range r has tokens r * TILE .. (r + 1) * TILE.
+        walked: int32 [B, H, R, C]: the chunks of a walked range, rising; undefined from its number on.
         raster: int32 [S]: raster position of every token.
         tiles: tiles of TILE rows that every unit has room for.
     """
@@ -49,109 +55,151 @@ class SortedPairs:
     order: torch.Tensor
     starts: torch.Tensor
     sizes: torch.Tensor
-    crowded: torch.Tensor
+    placed: torch.Tensor
+    walks: torch.Tensor
+    walked: torch.Tensor
     raster: torch.Tensor
     tiles: int
 
     @property
     def units(self) -> int:
         """Units of all samples and heads."""
-        return self.crowded.numel()
+        return self.placed.numel()
 
     @property
     def per_head(self) -> int:
         """Units of a head, U."""
-        return self.crowded.shape[2]
+        return self.placed.shape[2]
 
     @property
     def unit_tokens(self) -> int:
-        """Queries of a unit, R."""
+        """Queries of a unit, n, a multiple of TILE."""
         return self.firsts.shape[3] - 1
 
 
 @triton.jit
 def _members(word_ptr, token, is_token):
-    """Which of 32 chunks the tokens chose: int32 0 or 1, [QUERIES, 32]."""
+    """Which of 32 chunks the tokens chose: int32 0 or 1, [TILE, 32]."""
     words = tl.load(word_ptr + token, mask=is_token, other=0)
     return (words[:, None] >> tl.arange(0, 32)[None, :]) & 1
 
 
-@triton.jit(do_not_specialize=["n_words", "n_blocks", "length"])
-def _vmoba_count_kernel(word_ptr, count_ptr, n_words, n_blocks, length, QUERIES: tl.constexpr):
-    block = tl.program_id(0)
-    word = tl.program_id(1)
-    bh = tl.program_id(2).to(tl.int64)
-    token = block * QUERIES + tl.arange(0, QUERIES)
-    members = _members(word_ptr + (bh * n_words + word) * length, token, token < length)
-    at = ((bh * n_blocks + block) * n_words + word) * 32
-    tl.store(count_ptr + at + tl.arange(0, 32), tl.sum(members, 0))
+@triton.jit(do_not_specialize=["n_words", "length", "most_waste"])
+def _vmoba_count_kernel(word_ptr, count_ptr, walk_ptr, n_words, length, most_waste, TILE: tl.constexpr):
+    at = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    token = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    word_ptr += tl.program_id(1).to(tl.int64) * n_words * length
+    n_pairs = 0
+    n_union = 0
+    for word in range(n_words):
+        counts = tl.sum(_members(word_ptr + word * length.to(tl.int64), token, token < length), 0)
+        tl.store(count_ptr + (at * n_words + word) * 32 + tl.arange(0, 32), counts)
+        n_pairs += tl.sum(counts, 0)
+        n_union += tl.sum((counts > 0).to(tl.int32), 0)
+    tl.store(walk_ptr + at, tl.where(n_union * TILE <= most_waste * n_pairs, n_union, 0))
 
 
-@triton.jit(do_not_specialize=["n_blocks", "n_cols", "n_chunks", "capacity"])
+@triton.jit(do_not_specialize=["n_ranges", "n_cols", "n_chunks", "capacity"])
 def _vmoba_scan_kernel(
-    count_ptr, size_ptr, start_ptr, crowded_ptr, n_blocks, n_cols, n_chunks, capacity,
-    BLOCKS: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr,
+    count_ptr, walk_ptr, begin_ptr, size_ptr, all_size_ptr, start_ptr, placed_ptr, n_ranges, n_cols, n_chunks, capacity,
+    ORDERS_WALKED: tl.constexpr, RANGES: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr,
 ):
     unit = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, COLS)
     is_col = cols < n_cols
+    # rows of tiles, and of walked ranges
     total = tl.zeros([COLS], tl.int32)
-    for first in range(0, n_blocks, BLOCKS):
-        block = first + tl.arange(0, BLOCKS)
-        at = count_ptr + ((unit * n_blocks + block) * n_cols)[:, None] + cols[None, :]
-        mask = (block < n_blocks)[:, None] & is_col[None, :]
+    total_walked = tl.zeros([COLS], tl.int32)
+    n_before = 0
+    n_tiled = 0
+    n_placed = 0
+    for first in range(0, n_ranges, RANGES):
+        local = first + tl.arange(0, RANGES)
+        is_range = local < n_ranges
+        place = unit * n_ranges + local
+        at = count_ptr + (place * n_cols)[:, None] + cols[None, :]
+        mask = is_range[:, None] & is_col[None, :]
         counts = tl.load(at, mask=mask, other=0)
-        tl.store(at, total[None, :] + tl.cumsum(counts, 0) - counts, mask=mask)
-        total += tl.sum(counts, 0)
-    is_crowded = tl.sum(total, 0) > capacity
-    tl.store(crowded_ptr + unit, is_crowded.to(tl.int32))
-    total = tl.where(is_crowded, 0, total)
-    tiles = (total + TILE - 1) // TILE
+        walks = tl.load(walk_ptr + place, mask=is_range, other=0)
+        n_pairs = tl.sum(counts, 1)
+        if not ORDERS_WALKED:
+            n_pairs = tl.where(walks > 0, 0, n_pairs)
+        has_room = n_before + tl.cumsum(n_pairs, 0) <= capacity
+        n_before += tl.sum(n_pairs, 0)
+        tl.store(walk_ptr + place, tl.sum((counts > 0).to(tl.int32), 1), mask=is_range & (has_room == 0))
+        n_placed += tl.sum((is_range & has_room).to(tl.int32), 0)
+        is_tiled = (walks == 0) & has_room
+        n_pairs = tl.where(is_tiled, n_pairs, 0)
+        tl.store(begin_ptr + place, n_tiled + tl.cumsum(n_pairs, 0) - n_pairs, mask=is_range)
+        n_tiled += tl.sum(n_pairs, 0)
+        tiled = tl.where(is_tiled[:, None], counts, 0)
+        walked = tl.where((has_room & (walks > 0))[:, None], counts, 0)
+        before = tl.where(
+            is_tiled[:, None], total[None, :] + tl.cumsum(tiled, 0) - tiled, total_walked[None, :] + tl.cumsum(walked, 0) - walked)
+        tl.store(at, before, mask=mask)
+        total += tl.sum(tiled, 0)
+        total_walked += tl.sum(walked, 0)
+    tl.store(placed_ptr + unit, n_placed * TILE)
+    both = total
+    if ORDERS_WALKED:
+        both += total_walked
+    tiles = (both + TILE - 1) // TILE
     is_chunk = cols < n_chunks
     tl.store(size_ptr + unit * n_chunks + cols, total, mask=is_chunk)
+    tl.store(all_size_ptr + unit * n_chunks + cols, both, mask=is_chunk)
     tl.store(start_ptr + unit * n_chunks + cols, (tl.cumsum(tiles, 0) - tiles) * TILE, mask=is_chunk)
 
 
-@triton.jit(do_not_specialize=["n_words", "n_blocks", "n_units", "n_chunks", "n_rows", "capacity", *GEOMETRY])
+@triton.jit(do_not_specialize=["n_words", "n_units", "n_chunks", "n_rows", "capacity", *GEOMETRY])
 def _vmoba_place_kernel(
-    word_ptr, count_ptr, start_ptr, crowded_ptr, first_ptr, row_ptr, order_ptr, raster_ptr,
-    n_words, n_blocks, n_units, n_chunks, n_rows, capacity,
-    n_h, n_w, box_t, box_h, box_w, grid_h, grid_w, chunk_tokens, length, QUERIES: tl.constexpr,
+    word_ptr, count_ptr, walk_ptr, begin_ptr, size_ptr, start_ptr, placed_ptr,
+    first_ptr, row_ptr, order_ptr, walked_ptr, raster_ptr, n_words, n_units, n_chunks, n_rows, capacity,
+    n_h, n_w, box_t, box_h, box_w, grid_h, grid_w, chunk_tokens, length, ORDERS_WALKED: tl.constexpr, TILE: tl.constexpr,
 ):
-    block = tl.program_id(0)
+    r = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
-    token = block * QUERIES + tl.arange(0, QUERIES)
-    is_token = token < length
+    place = bh * tl.num_programs(0) + r
+    token = r * TILE + tl.arange(0, TILE)
     raster = raster_of(token // chunk_tokens, token % chunk_tokens, n_h, n_w, box_t, box_h, box_w, grid_h, grid_w)
     if bh == 0:
-        tl.store(raster_ptr + token, raster, mask=is_token)
-    unit_blocks = n_blocks // n_units
-    unit = bh * n_units + block // unit_blocks
-    # a crowded unit places nothing
-    is_crowded = tl.load(crowded_ptr + unit) != 0
-    is_placed = token < tl.where(is_crowded, 0, length)
-    number = tl.zeros([QUERIES], tl.int32)
-    first = 0
+        tl.store(raster_ptr + token, raster, mask=token < length)
+    unit_ranges = tl.num_programs(0) // n_units
+    unit = bh * n_units + r // unit_ranges
+    local = r % unit_ranges * TILE
+    is_walked = tl.load(walk_ptr + place) > 0
+    is_tiled = token < tl.where(is_walked, 0, length)
+    number = tl.zeros([TILE], tl.int32)
     for word in range(n_words):
-        number += tl.sum(_members(word_ptr + (bh * n_words + word) * length, token, is_placed), 1)
-        first += tl.sum(tl.load(count_ptr + (bh * n_blocks + block) * n_words * 32 + word * 32 + tl.arange(0, 32)), 0)
-    ends = tl.where(is_crowded, 0, first) + tl.cumsum(number, 0)
-    at = unit * (unit_blocks * QUERIES + 1) + (block % unit_blocks) * QUERIES + tl.arange(0, QUERIES)
-    tl.store(first_ptr + at + 1, ends)
-    if block % unit_blocks == 0:
-        tl.store(first_ptr + unit * (unit_blocks * QUERIES + 1), 0)
-    slot = ends - number
+        number += tl.sum(_members(word_ptr + (bh * n_words + word) * length, token, is_tiled), 1)
+    slot = tl.load(begin_ptr + place) + tl.cumsum(number, 0)
+    at = unit * (unit_ranges * TILE + 1) + local + tl.arange(0, TILE)
+    tl.store(first_ptr + at + 1, slot)
+    slot -= number
+    if local == 0:
+        tl.store(first_ptr + unit * (unit_ranges * TILE + 1), 0)
+    count_ptr += place * n_words * 32
     row_ptr += unit * capacity
     order_ptr += unit * n_rows
+    walked_ptr += place * n_chunks
+    n_walks = 0
+    # a range without room is nowhere in the order
+    is_ordered = token < tl.where(local < tl.load(placed_ptr + unit), length, 0)
+    if not ORDERS_WALKED:
+        is_ordered = is_tiled
     for word in range(n_words):
-        members = _members(word_ptr + (bh * n_words + word) * length, token, is_placed)
+        members = _members(word_ptr + (bh * n_words + word) * length, token, token < length)
         cols = word * 32 + tl.arange(0, 32)
-        before = tl.load(count_ptr + (bh * n_blocks + block) * n_words * 32 + cols)
-        start = tl.load(start_ptr + unit * n_chunks + cols, mask=cols < n_chunks, other=0)
-        rows = (start + before)[None, :] + tl.cumsum(members, 0) - members
+        is_chunk = cols < n_chunks
+        start = tl.load(start_ptr + unit * n_chunks + cols, mask=is_chunk, other=0) + tl.load(count_ptr + cols)
+        if is_walked:
+            start += tl.load(size_ptr + unit * n_chunks + cols, mask=is_chunk, other=0)
+            in_union = (tl.sum(members, 0) > 0).to(tl.int32)
+            tl.store(walked_ptr + n_walks + tl.cumsum(in_union, 0) - in_union, cols, mask=in_union > 0)
+            n_walks += tl.sum(in_union, 0)
+        rows = start[None, :] + tl.cumsum(members, 0) - members
+        tl.store(order_ptr + rows, tl.broadcast_to(raster[:, None], [TILE, 32]), mask=(members > 0) & is_ordered[:, None])
         slots = slot[:, None] + tl.cumsum(members, 1) - members
-        tl.store(row_ptr + slots, rows, mask=members > 0)
-        tl.store(order_ptr + rows, tl.broadcast_to(raster[:, None], [QUERIES, 32]), mask=members > 0)
+        tl.store(row_ptr + slots, rows, mask=(members > 0) & is_tiled[:, None])
         slot += tl.sum(members, 1)
 
 
@@ -239,7 +287,7 @@ def _vmoba_rank_kernel(size_ptr, rank_ptr, n_chunks, n_units, COLS: tl.constexpr
     tl.store(rank_ptr + bh * n_chunks + tl.sum(is_before.to(tl.int32), 0), chunk)
 
 
-def sort_pairs(words, chunks, kept: int, units: int = 1) -> SortedPairs:
+def sort_pairs(words, chunks, kept: int, units: int = 1, most_waste: float = 0.0, *, orders_walked: bool = False) -> SortedPairs:
     """Sort the pairs of a choice.
 
     Args:
@@ -247,11 +295,13 @@ def sort_pairs(words, chunks, kept: int, units: int = 1) -> SortedPairs:
         chunks: the chunks.
         kept: chunks that every query keeps, or the mean number for which units have room.
         units: units of a head.
+        most_waste: how many times the rows of its pairs a range may take to be walked; 0 walks none that has room.
+        orders_walked: put the queries of walked ranges in the order, too; they need room then.
     """
     B, heads, n_words, S = words.shape
     C, cols = chunks.num_chunks, n_words * 32
-    unit_blocks = triton.cdiv(triton.cdiv(S, QUERIES), units)
-    n_blocks, tokens = unit_blocks * units, unit_blocks * QUERIES
+    unit_ranges = triton.cdiv(triton.cdiv(S, TILE), units)
+    ranges, tokens = unit_ranges * units, unit_ranges * TILE
     # a unit may have tokens beyond the sequence, which choose nothing
     capacity = min(tokens, S) * kept
     tiles = capacity // TILE + C
@@ -259,62 +309,64 @@ def sort_pairs(words, chunks, kept: int, units: int = 1) -> SortedPairs:
     def table(*shape):
         return torch.empty(shape, device=words.device, dtype=torch.int32)
 
-    counts, sizes, starts = table(B, heads, n_blocks, cols), table(B, heads, units, C), table(B, heads, units, C)
+    counts, begins = table(B, heads, ranges, cols), table(B, heads, ranges)
     pairs = SortedPairs(
         table(B, heads, units, tokens + 1), table(B, heads, units, capacity), table(B, heads, units, tiles * TILE),
-        starts, sizes, table(B, heads, units), table(S), tiles)
-    _vmoba_count_kernel[(n_blocks, n_words, B * heads)](words, counts, n_words, n_blocks, S, QUERIES=QUERIES, num_warps=4)
+        table(B, heads, units, C), table(2, B, heads, units, C), table(B, heads, units), table(B, heads, ranges),
+        table(B, heads, ranges, C), table(S), tiles)
+    _vmoba_count_kernel[(ranges, B * heads)](words, counts, pairs.walks, n_words, S, float(most_waste), TILE=TILE, num_warps=4)
     padded = triton.next_power_of_2(cols)
     _vmoba_scan_kernel[(B * heads * units,)](
-        counts, sizes, starts, pairs.crowded, unit_blocks, cols, C, capacity,
-        BLOCKS=max(1, min(32, 4096 // padded)), COLS=padded, TILE=TILE, num_warps=4)
-    _vmoba_place_kernel[(n_blocks, B * heads)](
-        words, counts, starts, pairs.crowded, pairs.firsts, pairs.rows, pairs.order, pairs.raster,
-        n_words, n_blocks, units, C, tiles * TILE, capacity, *geometry_arguments(chunks), QUERIES=QUERIES, num_warps=4)
+        counts, pairs.walks, begins, *pairs.sizes.unbind(0), pairs.starts, pairs.placed, unit_ranges, cols, C, capacity,
+        ORDERS_WALKED=orders_walked, RANGES=max(1, min(32, 4096 // padded)), COLS=padded, TILE=TILE, num_warps=8)
+    _vmoba_place_kernel[(ranges, B * heads)](
+        words, counts, pairs.walks, begins, pairs.sizes[0], pairs.starts, pairs.placed, pairs.firsts, pairs.rows, pairs.order,
+        pairs.walked, pairs.raster, n_words, units, C, tiles * TILE, capacity, *geometry_arguments(chunks),
+        ORDERS_WALKED=orders_walked, TILE=TILE, num_warps=4)
     return pairs
 
 
 def describe_tiles(pairs: SortedPairs):
     """Chunk and number of rows of every tile, int32 [B, H, U, tiles, 2]; no rows after the last tile."""
-    B, heads, units, C = pairs.sizes.shape
-    table = torch.empty(B, heads, units, pairs.tiles, 2, device=pairs.sizes.device, dtype=torch.int32)
+    B, heads, units, C = pairs.starts.shape
+    table = torch.empty(B, heads, units, pairs.tiles, 2, device=pairs.starts.device, dtype=torch.int32)
     cols = max(16, triton.next_power_of_2(C))
     tiles = max(1, min(64, 4096 // cols))
     _vmoba_tiles_kernel[(triton.cdiv(pairs.tiles, tiles), pairs.units)](
-        pairs.starts, pairs.sizes, table, pairs.tiles, C, TILES=tiles, COLS=cols, TILE=TILE, num_warps=4)
+        pairs.starts, pairs.sizes[0], table, pairs.tiles, C, TILES=tiles, COLS=cols, TILE=TILE, num_warps=4)
     return table
 
 
 def rank_chunks(pairs: SortedPairs):
-    """Chunks of every head by falling number of queries, int32 [B, H, C]."""
-    B, heads, units, C = pairs.sizes.shape
-    ranks = torch.empty(B, heads, C, device=pairs.sizes.device, dtype=torch.int32)
+    """Chunks of every head by falling number of ordered queries, int32 [B, H, C]."""
+    B, heads, units, C = pairs.starts.shape
+    ranks = torch.empty(B, heads, C, device=pairs.starts.device, dtype=torch.int32)
     _vmoba_rank_kernel[(C, B * heads)](
-        pairs.sizes, ranks, C, units, COLS=max(16, triton.next_power_of_2(C)), num_warps=1)
+        pairs.sizes[1], ranks, C, units, COLS=max(16, triton.next_power_of_2(C)), num_warps=1)
     return ranks
 
 
 def tile_lists(pairs: SortedPairs, chunk_blocks: int, last_blocks: int):
     """Key blocks of every tile: lists int32 [B, H, tiles, chunk_blocks] and counts int32 [B, H, tiles]."""
-    B, heads, _, C = pairs.sizes.shape
-    lists = torch.empty(B, heads, pairs.tiles, chunk_blocks, device=pairs.sizes.device, dtype=torch.int32)
-    counts = torch.empty(B, heads, pairs.tiles, device=pairs.sizes.device, dtype=torch.int32)
+    B, heads, _, C = pairs.starts.shape
+    lists = torch.empty(B, heads, pairs.tiles, chunk_blocks, device=pairs.starts.device, dtype=torch.int32)
+    counts = torch.empty(B, heads, pairs.tiles, device=pairs.starts.device, dtype=torch.int32)
     cols = max(16, triton.next_power_of_2(C))
     tiles = max(1, min(64, 4096 // cols))
     _vmoba_lists_kernel[(triton.cdiv(pairs.tiles, tiles), B * heads)](
-        pairs.sizes, lists, counts, pairs.tiles, C, chunk_blocks, last_blocks, chunk_blocks,
+        pairs.sizes[0], lists, counts, pairs.tiles, C, chunk_blocks, last_blocks, chunk_blocks,
         TILES=tiles, COLS=cols, TILE=TILE, num_warps=4)
     return lists, counts
 
 
 def transposed_lists(pairs: SortedPairs, chunk_blocks: int, last_blocks: int):
     """The transpose of `tile_lists`: offsets, entries and order, as `TransposedLists` documents them."""
-    B, heads, _, C = pairs.sizes.shape
+    B, heads, _, C = pairs.starts.shape
     n_blocks = (C - 1) * chunk_blocks + last_blocks
-    offsets = torch.empty(B, heads, n_blocks + 1, device=pairs.sizes.device, dtype=torch.int32)
-    entries = torch.empty(B, heads, pairs.tiles * chunk_blocks, device=pairs.sizes.device, dtype=torch.int32)
-    order = torch.empty(B, heads, n_blocks, device=pairs.sizes.device, dtype=torch.int32)
+    offsets = torch.empty(B, heads, n_blocks + 1, device=pairs.starts.device, dtype=torch.int32)
+    entries = torch.empty(B, heads, pairs.tiles * chunk_blocks, device=pairs.starts.device, dtype=torch.int32)
+    order = torch.empty(B, heads, n_blocks, device=pairs.starts.device, dtype=torch.int32)
     _vmoba_transpose_kernel[(C * chunk_blocks, B * heads)](
-        pairs.sizes, offsets, entries, order, pairs.tiles, C, chunk_blocks, last_blocks, chunk_blocks,
+        pairs.sizes[0], offsets, entries, order, pairs.tiles, C, chunk_blocks, last_blocks, chunk_blocks,
         COLS=max(16, triton.next_power_of_2(C)), TILE=TILE, num_warps=1)
     return offsets, entries, order
