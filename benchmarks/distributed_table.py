@@ -1,4 +1,4 @@
-"""The table of one rank's share of attention, and of what is computed from it: from what `distributed.py` wrote on one GPU."""
+"""Tables of what `distributed.py` wrote: efficiency over several GPUs, or one rank's share on one; and what is computed from it."""
 
 import json
 import re
@@ -7,7 +7,33 @@ HEADER = (
     "| attention | GPUs | strategy | groups of heads | one GPU alone, ms | its share, ms | transfers left out | computed |\n"
     "|---|---|---|---|---|---|---|---|\n"
 )
+MEASURED = "| attention | strategy | groups of heads | one GPU, ms | {ranks}, ms | efficiency, % |\n|---|---|---|---|---|---|\n"
+COMPUTED = "| GPUs, computed | strategy | efficiency, % | made from |\n|---|---|---|---|\n"
 FASTER = "above 1: attention to a share takes less time per head than to all heads, which is no gain of the exchange"
+
+
+DRIFTED = "(2) The time of one GPU before and after differed by more than 2 %.\n"
+
+
+def measured_table(found):
+    """Markdown: what ran on several GPUs, and what follows from it for more, marked as computed."""
+    lines, above, drifted = [], False, False
+    for row in found["rows"]:
+        cells = [row["backend"], row["strategy"], row["overlap"]]
+        if "efficiency" not in row:
+            lines.append("| " + " | ".join(map(str, [*cells, "", "", row.get("refused", "")])) + " |\n")
+            continue
+        marks = " (1)" * (row["efficiency"] > 1) + " (2)" * row["drifted"]
+        above, drifted = above or row["efficiency"] > 1, drifted or row["drifted"]
+        cells += [f"{row['t1_ms']:.1f}", f"{row['tp_ms']:.1f}", f"{100 * row['efficiency']:.1f}{marks}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |\n")
+    notes = [f"(1) {FASTER}.\n"] * above + [DRIFTED] * drifted
+    text = MEASURED.format(ranks=f"{found['ranks']} GPUs") + "".join(lines) + "".join(f"\n{note}" for note in notes)
+    for row in found["computed"]:
+        made_from = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in row["made_from"].items())
+        text += f"\n{COMPUTED}" * (row is found["computed"][0])
+        text += f"| {row['gpus']} | {row['strategy']} | {100 * row['efficiency']:.0f} | {made_from} |\n"
+    return text
 
 
 def table(found):
@@ -45,7 +71,7 @@ def table(found):
         for gbs in sorted(given)
     ]
     notes += [f"(1) {FASTER}.\n"] * above
-    notes += ["(2) The time of one GPU before and after differed by more than 2 %.\n"] * drifted
+    notes += [DRIFTED] * drifted
     return HEADER + "".join(lines) + ("\n" + "\n".join(notes) if notes else "")
 
 
@@ -57,6 +83,8 @@ def fill(text, results):
     """Replace what stands between `<!-- distributed: FILE.json -->` and `<!-- /distributed -->`."""
 
     def replacement(found):
-        return f"{found[1]}\n\n{table(json.loads((results / found[2]).read_text(encoding='utf-8')))}\n{found[3]}"
+        record = json.loads((results / found[2]).read_text(encoding="utf-8"))
+        made = measured_table if record.get("ranks", 1) > 1 else table
+        return f"{found[1]}\n\n{made(record)}\n{found[3]}"
 
     return re.sub(r"(<!-- distributed: ([\w.-]+) -->).*?(<!-- /distributed -->)", replacement, text, flags=re.DOTALL)

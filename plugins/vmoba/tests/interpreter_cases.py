@@ -311,3 +311,12 @@ def test_slices_of_heads_give_the_same_bits(path, monkeypatch):
 ])  # fmt: skip
 def test_slices_are_as_few_as_fit(heads, group, fitting, whole_groups, expected):
     assert launch.heads_per_slice(heads, group, 1, 0, fitting, whole_groups) == expected
+
+
+@pytest.mark.parametrize(("topk", "fits"), [(3, True), (0, False)])
+def test_operator_runs_where_all_that_a_head_may_keep_fits(topk, fits):
+    """At the shape of the benchmark: with thresholds a head may keep all 16 chunks, which leaves no memory for a second head."""
+    q = torch.empty(1, 30720, 12, 128, dtype=torch.bfloat16, device="meta")
+    chunks = resolve_chunks((20, 48, 32), (12, 8))
+    budget = launch._budget(q, q, launch.FORWARD_SHARE * 2)
+    assert launch.takes_operator(q, chunks, topk or chunks.num_chunks, budget) is fits

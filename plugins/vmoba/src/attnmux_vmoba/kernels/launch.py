@@ -168,10 +168,11 @@ def _beside_tables(budget: float, rows: int) -> float:
 def takes_operator(q, chunks, kept: int, budget: float) -> bool:
     """Whether the block-sparse operator runs on gathered rows, rather than the kernels that read by index.
 
-    The rows of a head, `kept` for every query, must fit the budget.
+    The rows of a head, `kept` for every query, must fit the budget beside the tables of all heads.
     """
     rows = q.shape[1] * kept
-    return chunks.chunk_tokens >= OPERATOR_CHUNK_TOKENS and rows * q.shape[3] * q.element_size() <= budget
+    left = _beside_tables(budget, q.shape[0] * q.shape[2] * rows)
+    return chunks.chunk_tokens >= OPERATOR_CHUNK_TOKENS and rows * q.shape[3] * q.element_size() <= left
 
 
 def room(chunks, topk: int) -> int:
