@@ -21,6 +21,7 @@ import socket
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -263,6 +264,13 @@ def make_fastvideo(shape):
     return fastvideo_ulysses.make_ulysses(LocalAttention(heads, shape.dim, backend="TORCH_SDPA", dtype=shape.dtype))
 
 
+def exchange(call, own):
+    """Both exchanges of ulysses around no attention: q, k and v there, q back."""
+    (under_way,) = send_heads(call, own, [])
+    q, _, _ = arrived_heads(call, 0, under_way, 1, own[0].shape[3])
+    arrived_shards(call, [send_shards(call, 0, q)], [q])
+
+
 def measure_parts(shape, sp, repetitions):
     """The exchanges alone, and dense attention alone with the heads of one rank of more ranks than there are."""
     plan, heads = SeqPlan.balanced(shape.tokens, sp.size), HeadPlan.of(shape.heads, shape.heads, sp.size)
@@ -271,12 +279,7 @@ def measure_parts(shape, sp, repetitions):
     settings = describe(group, {"case": "exchange alone"})
 
     call = Exchange.of((heads,), "qkk", plan, sp.rank, settings)
-
-    def exchange_alone():
-        (under_way,) = send_heads(call, own, [])
-        q, _, _ = arrived_heads(call, 0, under_way, 1, shape.dim)
-        arrived_shards(call, [send_shards(call, 0, q)], [q])
-
+    exchange_alone = partial(exchange, call, own)
     with torch.no_grad(), count_traffic() as traffic:
         exchange_alone()
     parts = {"bytes_sent": traffic.bytes_sent}
@@ -387,11 +390,7 @@ def measure_copies(shape, ranks, repetitions):
     call = Exchange.of((heads,), "qkk", plan, 0, "left out")
     own = shard(shape.draw(), plan, 0)
     lse = [torch.randn(1, shape.heads, plan.lengths[0], device=shape.device) for _ in range(2)]
-
-    def exchange_alone():
-        (under_way,) = send_heads(call, own, [])
-        q, _, _ = arrived_heads(call, 0, under_way, 1, shape.dim)
-        arrived_shards(call, [send_shards(call, 0, q)], [q])
+    exchange_alone = partial(exchange, call, own)
 
     def time_of(run):
         aligned(shape.device, run, WARM_UP)

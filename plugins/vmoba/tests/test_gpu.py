@@ -113,7 +113,7 @@ def path(request, monkeypatch):
     """Both ways to attend with a top-k per query, whatever the chunks."""
     from attnmux_vmoba.kernels import launch
 
-    monkeypatch.setattr(launch, "OPERATOR_CHUNK_TOKENS", 0 if request.param == "operator" else 10**9)
+    monkeypatch.setattr(launch, "takes_operator", lambda *_: request.param == "operator")
 
 
 @pytest.mark.usefixtures("path")
