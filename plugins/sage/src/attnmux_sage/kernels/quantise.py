@@ -89,6 +89,21 @@ def _hadamard(D_PAD: tl.constexpr):
     return tl.where(((0x6996 >> (common & 15)) & 1) != 0, -1.0, 1.0)
 
 
+@triton.jit
+def _store_rotated(ptr, mean, D_PAD: tl.constexpr):
+    """A mean of K, rotated. The matrix is symmetric: a sum over its columns."""
+    tl.store(ptr + tl.arange(0, D_PAD), tl.sum(_hadamard(D_PAD) * mean[None, :], 1))
+
+
+@triton.jit
+def _store_values(mean_ptr, scale_ptr, mean, highest, lowest, D_PAD: tl.constexpr, FLOOR: tl.constexpr, E4M3: tl.constexpr):
+    """Mean of V, and the scale of V without it, of every channel."""
+    offs_d = tl.arange(0, D_PAD)
+    peak = tl.maximum(tl.maximum(highest - mean, mean - lowest), FLOOR)
+    tl.store(mean_ptr + offs_d, mean)
+    tl.store(scale_ptr + offs_d, tl.div_rn(peak, E4M3))
+
+
 @triton.jit(do_not_specialize=["len_k", "sampled"])
 def _sage_fold_kernel(
     stats_ptr, mean_ptr, v_mean_ptr, v_scale_ptr, len_k, sampled,
@@ -100,15 +115,12 @@ def _sage_fold_kernel(
     at = (bh * SPLITS + tl.arange(0, SPLITS))[:, None] * D_PAD + offs_d[None, :]
     size = tl.num_programs(0) * SPLITS * D_PAD
     mean = tl.sum(tl.load(stats_ptr + at), 0) / sampled
-    # The matrix is symmetric: a sum over its columns.
-    tl.store(mean_ptr + bh * D_PAD + offs_d, tl.sum(_hadamard(D_PAD) * mean[None, :], 1))
+    _store_rotated(mean_ptr + bh * D_PAD, mean, D_PAD)
     if FP8:
         v_mean = tl.sum(tl.load(stats_ptr + size + at), 0) / len_k
         highest = tl.max(tl.load(stats_ptr + 2 * size + at), 0)
         lowest = tl.min(tl.load(stats_ptr + 3 * size + at), 0)
-        peak = tl.maximum(tl.maximum(highest - v_mean, v_mean - lowest), FLOOR)
-        tl.store(v_mean_ptr + bh * D_PAD + offs_d, v_mean)
-        tl.store(v_scale_ptr + bh * D_PAD + offs_d, tl.div_rn(peak, E4M3))
+        _store_values(v_mean_ptr + bh * D_PAD, v_scale_ptr + bh * D_PAD, v_mean, highest, lowest, D_PAD, FLOOR, E4M3)
 
 
 @triton.jit(do_not_specialize=["len_k", "programs"])
@@ -150,7 +162,7 @@ def _sage_fold_summary_kernel(
         at = (bh * blocks_k + block)[:, None] * D + offs_d[None, :]
         total += tl.load(pooled_ptr + at, mask=(size > 0)[:, None] & is_channel, other=0.0) * size.to(tl.float32)[:, None]
     mean = tl.sum(total, 0) / len_k
-    tl.store(mean_ptr + bh * D_PAD + offs_d, tl.sum(_hadamard(D_PAD) * mean[None, :], 1))
+    _store_rotated(mean_ptr + bh * D_PAD, mean, D_PAD)
     if FP8:
         total = tl.zeros([ROWS, D_PAD], tl.float32)
         for start in range(0, D, ROWS):
@@ -160,9 +172,7 @@ def _sage_fold_summary_kernel(
         v_mean = tl.sum(total, 0) / len_k
         highest = tl.load(range_ptr + bh * 2 * D + offs_d, mask=offs_d < D, other=0.0)
         lowest = tl.load(range_ptr + (bh * 2 + 1) * D + offs_d, mask=offs_d < D, other=0.0)
-        peak = tl.maximum(tl.maximum(highest - v_mean, v_mean - lowest), FLOOR)
-        tl.store(v_mean_ptr + bh * D_PAD + offs_d, v_mean)
-        tl.store(v_scale_ptr + bh * D_PAD + offs_d, tl.div_rn(peak, E4M3))
+        _store_values(v_mean_ptr + bh * D_PAD, v_scale_ptr + bh * D_PAD, v_mean, highest, lowest, D_PAD, FLOOR, E4M3)
 
 
 @triton.jit
