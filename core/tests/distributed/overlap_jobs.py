@@ -38,11 +38,12 @@ def overlapped(sp, shape, overlap):
 
 def order(sp, overlap):
     """What is sent and waited for, in order, forward and backward."""
-    log, begin, wait = [], collective.begin_all_to_all, collective.arrived
+    log, begin, wait = [], collective.exchange, collective.arrived
 
     def begins(*arguments, **options):
-        group = arguments[5].rpartition("overlap_group=")[2] if overlap > 1 else 0
-        log.append(f"send {arguments[4]} {group}")
+        operation, settings = arguments[3:5]
+        group = settings.rpartition("overlap_group=")[2] if overlap > 1 else 0
+        log.append(f"send {operation} {group}")
         return begin(*arguments, **options)
 
     def waits(under_way, operation, settings):
@@ -54,7 +55,7 @@ def order(sp, overlap):
 
     layer = DistributedAttention(4, DIM, sp_group=sp, backend="TORCH_SDPA", dtype=torch.float64, overlap=overlap)
     with (
-        patch.object(exchange_ops, "begin_all_to_all", begins),
+        patch.object(exchange_ops, "exchange", begins),
         patch.object(exchange_ops, "arrived", waits),
         patch.object(exchange, "arrived", waits),
     ):

@@ -1,4 +1,4 @@
-"""The collectives underneath: ranks agree first, what is sent is counted, and an error says who, what and where."""
+"""What is underneath: ranks agree first, what is sent is counted, and an error says who, what and where."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch._C._distributed_c10d import _register_work
 from torch.distributed import distributed_c10d as c10d
 
 from attnmux.distributed.agreement import agree
+from attnmux.distributed.direct import Elements, direct_of
 from attnmux.errors import SequenceParallelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from attnmux.distributed.group import SPGroup
 
@@ -30,6 +31,7 @@ __all__ = [
     "begin_all_to_all",
     "count_traffic",
     "describe",
+    "exchange",
     "start_all_to_all",
     "taken",
 ]
@@ -72,9 +74,11 @@ def count_traffic() -> Iterator[Traffic]:
 
 def describe(group: SPGroup, fields: dict[str, object]) -> str:
     """Return the settings of an exchange as one string, which a compiled graph holds as a constant: the group, its timeout,
-    whether to check every call, and what the ranks have to agree on but for sizes, which may change from call to call.
+    whether to check every call and to copy directly, and what the ranks have to agree on but for sizes, which may change from
+    call to call.
     """
-    return add_fields(_SEPARATOR.join([group.name, str(group.timeout), str(group.checks_every_call)]), fields)
+    of_group = group.name, group.timeout, group.checks_every_call, group.direct
+    return add_fields(_SEPARATOR.join(map(str, of_group)), fields)
 
 
 def add_fields(settings: str, fields: dict[str, object]) -> str:
@@ -110,7 +114,7 @@ class Pending:
 
 
 def _agreed_group(sent: torch.Tensor, operation: str, settings: str, sizes: dict[str, object]) -> dist.ProcessGroup:
-    name, timeout, every_call, *fields = settings.split(_SEPARATOR)
+    name, timeout, every_call, direct, *fields = settings.split(_SEPARATOR)
     group: dist.ProcessGroup = c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
     description = (
         f"operation={operation}",
@@ -118,6 +122,7 @@ def _agreed_group(sent: torch.Tensor, operation: str, settings: str, sizes: dict
         f"device={sent.device.type}",
         f"torch={torch.__version__}",
         f"attnmux={_VERSION}",
+        f"direct={direct}",
         *(f"{field}={value}" for field, value in sizes.items()),
         *fields,
     )
@@ -188,6 +193,62 @@ def begin_all_to_all(
     if not waits:
         # by the tensor's memory: so a tensor can be under way from one operator to another, in a compiled graph too
         _register_work(received, pending.work)
+
+
+def exchange(
+    received: torch.Tensor,
+    elements: Elements,
+    write: Callable[[range, torch.Tensor], None],
+    operation: str,
+    settings: str,
+    sizes: dict[str, object],
+    *,
+    waits: bool,
+    takes_own: bool = True,
+    as_it_is: torch.Tensor | None = None,
+) -> None:
+    """Exchange what is written where it leaves from: memory that the other ranks see, or a buffer for an all-to-all.
+
+    Args:
+        received: Flat, filled in rank order.
+        elements: How many come from and go to which rank.
+        write: Writes what is for some ranks, one after the other, to a flat buffer.
+        operation: Its name in messages.
+        settings: From `describe`.
+        sizes: What else the ranks have to agree on.
+        waits: Whether it is over on return, else when `arrived` returns.
+        takes_own: Whether `received` is to have the rank's own part; without, anything may be there.
+        as_it_is: What `write` would write for all ranks, if it lies in memory like that.
+
+    Raises:
+        SequenceParallelError: Ranks disagree, one did not come, or the exchange failed.
+    """
+    rank, ranks, outgoing = elements.rank, len(elements.senders), elements.outgoing
+    group = _agreed_group(received, operation, settings, sizes)
+    _, timeout, _, is_direct, *_ = settings.split(_SEPARATOR)
+    direct = direct_of(group, received.device, float(timeout)) if is_direct == "True" else None
+    if direct is None:
+        sent = as_it_is
+        if sent is None:
+            sent = received.new_empty(sum(outgoing))
+            write(range(ranks), sent)
+        fields = received, sent, elements.incoming, outgoing, operation, settings, sizes
+        begin_all_to_all(*fields, waits=waits)
+        return
+    _count(sum(outgoing) - outgoing[rank], received.element_size())
+    parcel = direct.open(elements, received.dtype)
+    before = sum(outgoing[:rank])
+    for others, part in ((range(rank), parcel.buffer[:before]), (range(rank + 1, ranks), parcel.buffer[before:])):
+        if len(others):
+            write(others, part)
+    parcel.send(received)
+    if takes_own:
+        # while the others' comes
+        write(range(rank, rank + 1), torch.split(received, elements.incoming)[rank])
+    if waits:
+        parcel.wait()
+    else:
+        _register_work(received, parcel)
 
 
 def arrived(under_way: torch.Tensor, operation: str, settings: str) -> torch.Tensor:

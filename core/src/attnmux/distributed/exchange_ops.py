@@ -8,11 +8,13 @@ each tensor on rank 0, then on rank 1, and so on; where several tensors are unde
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 
-from attnmux.distributed.collective import arrived, begin_all_to_all
+from attnmux.distributed.collective import arrived, exchange
+from attnmux.distributed.direct import Elements
 from attnmux.distributed.words import copy_words
 
 __all__ = [
@@ -133,23 +135,25 @@ def send_heads(
     size, length, total = len(lengths), lengths[rank], sum(lengths)
     batch, _, _, dim = tensors[0].shape
     unit, tail = batch * dim, text[0].shape[1] if text else 0
-    counts = _totals(ranges, size)
-    sent = tensors[0].new_empty(length * unit * sum(counts))
-    for piece in _pieces(sent, ranges, size, length, batch, dim):
-        copy_words(piece.part, piece.of(tensors[piece.tensor][:, :length]))
+    counts, by_rank = _totals(ranges, size), _by_group(ranges, size)
+
+    def write(ranks: range, part: torch.Tensor) -> None:
+        of_ranks = [bound for peer in ranks for bound in by_rank[peer]]
+        for piece in _pieces(part, of_ranks, len(ranks), length, batch, dim):
+            copy_words(piece.part, piece.of(tensors[piece.tensor][:, :length]))
+
     result = tensors[0].new_empty(_heads_numel(ranges, lengths, rank, unit, tail))
-    begin_all_to_all(
+    exchange(
         result[: total * unit * counts[rank]],
-        sent,
-        [n * unit * counts[rank] for n in lengths],
-        [length * unit * n for n in counts],
+        Elements([n * unit for n in lengths], counts, rank),
+        write,
         "to_heads",
         settings,
         _sizes(lengths, rows, batch, tail),
         waits=waits,
     )
     if text:
-        own = _by_group(ranges, size)[rank]
+        own = by_rank[rank]
         behind = result[total * unit * counts[rank] :][: tail * unit * counts[rank]]
         for piece in _pieces(behind, own, 1, tail, batch, dim):
             copy_words(piece.part, piece.of(text[piece.tensor]))
@@ -187,15 +191,18 @@ def send_gradients_of_heads(
     size, length, total = len(lengths), lengths[rank], sum(lengths)
     batch, _, _, dim = grads[0].shape
     unit, counts, own = batch * dim, _totals(ranges, size), _by_group(ranges, size)[rank]
-    sent = grads[0].new_empty(total * unit * counts[rank])
-    for piece in _pieces(sent, own, 1, total, batch, dim):
-        copy_words(piece.part[0], grads[piece.tensor][:, :total])
+    firsts = list(accumulate(lengths, initial=0))
+
+    def write(ranks: range, part: torch.Tensor) -> None:
+        first, last = firsts[ranks.start], firsts[ranks.stop]
+        for piece in _pieces(part, own, 1, last - first, batch, dim):
+            copy_words(piece.part[0], grads[piece.tensor][:, first:last])
+
     result = grads[0].new_empty(_heads_numel(ranges, lengths, rank, unit, tail))
-    begin_all_to_all(
+    exchange(
         result[: length * unit * sum(counts)],
-        sent,
-        [length * unit * n for n in counts],
-        [n * unit * counts[rank] for n in lengths],
+        Elements(counts, [n * unit for n in lengths], rank),
+        write,
         "to_heads backward",
         settings,
         _sizes(lengths, rows, batch, tail),
@@ -294,22 +301,26 @@ def send_shards(
     total, length, unit = sum(lengths), lengths[rank], batch * dim
     tail = long - total
     counts = _totals(ranges, len(lengths))
-    flat = x.transpose(0, 1)  # [S + T, B, h, D]
-    if tail:
-        parts = torch.split(flat[:total], lengths)
-        sent = torch.cat([piece for part in parts for piece in (part, flat[total:])])
-    else:
-        sent = flat.contiguous()
+    flat, firsts = x.transpose(0, 1), list(accumulate(lengths, initial=0))  # [S + T, B, h, D]
+
+    def write(ranks: range, part: torch.Tensor) -> None:
+        counts_ = [lengths[peer] + tail for peer in ranks]
+        for peer, block in zip(ranks, torch.split(part.view(sum(counts_), batch, own, dim), counts_), strict=True):
+            copy_words(block[: lengths[peer]], flat[firsts[peer] : firsts[peer + 1]])
+            copy_words(block[lengths[peer] :], flat[total:])
+
     result = x.new_empty(_shards_numel(ranges, lengths, rank, unit, tail))
-    begin_all_to_all(
+    exchange(
         result[: (length + tail) * unit * sum(counts)],
-        sent.view(-1),
-        [(length + tail) * unit * n for n in counts],
-        [(n + tail) * unit * own for n in lengths],
+        Elements(counts, [(n + tail) * unit for n in lengths], rank),
+        write,
         "to_shards",
         settings,
         _sizes(lengths, rows, batch, tail),
         waits=waits,
+        # the rank's own part is taken from x when the others' arrives
+        takes_own=False,
+        as_it_is=None if tail or not flat.is_contiguous() else flat.view(-1),
     )
     return result
 
@@ -338,7 +349,7 @@ def arrived_shards(
     rank: int,
     settings: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `[B, rows, H, D]`, zeros in rows of padding, and the text `[B, T, H, D]`; `sent` is what other ranks wait for."""
+    """Return `[B, rows, H, D]`, zeros in rows of padding, and the text `[B, T, H, D]`; of `sent` the rank's own tokens."""
     batch, long, _, dim = sent[0].shape
     size, length, tail = len(lengths), lengths[rank], long - sum(lengths)
     heads = sum(_totals(ranges, len(ranges) // 2))
@@ -346,12 +357,20 @@ def arrived_shards(
     if rows[rank] > length:
         shard[:, length:] = 0
     text = sent[0].new_empty(batch, tail, heads, dim)
-    for flat, of_group in zip(under_way, _by_group(ranges, len(under_way)), strict=True):
+    first = sum(lengths[:rank])
+    for flat, of_group, x in zip(under_way, _by_group(ranges, len(under_way)), sent, strict=True):
+        by_rank, unit = _by_group(of_group, size), (length + tail) * batch * dim
+        heads_own = slice(*by_rank[rank])
+        copy_words(shard[:, :length, heads_own], x[:, first : first + length])
+        copy_words(text[:, :, heads_own], x[:, long - tail :])
         arrived(flat, "to_shards", settings)
-        end = (length + tail) * batch * dim * sum(_totals(of_group, size))
-        for piece in _pieces(flat[:end], of_group, size, length + tail, batch, dim):
-            copy_words(piece.of(shard[:, :length]), piece.part[:, :, :length])
-            copy_words(piece.of(text), piece.part[:, :, length:])
+        counts = _totals(of_group, size)
+        for ranks in (range(rank), range(rank + 1, size)):
+            of_ranks = [bound for peer in ranks for bound in by_rank[peer]]
+            part = flat[unit * sum(counts[: ranks.start]) : unit * sum(counts[: ranks.stop])]
+            for piece in _pieces(part, of_ranks, len(ranks), length + tail, batch, dim) if ranks else ():
+                copy_words(piece.of(shard[:, :length]), piece.part[:, :, :length])
+                copy_words(piece.of(text), piece.part[:, :, length:])
     return shard, text
 
 
@@ -384,16 +403,19 @@ def send_gradients_of_shards(
     """Send each rank its heads of the gradients `[B, rows, H, D]` and, of the text, `[B, T, H, D]`."""
     batch, tail, _, dim = grad_text.shape
     size, length, unit, counts = len(lengths), lengths[rank], batch * dim, _totals(ranges, len(lengths))
-    sent = grad.new_empty((length + tail) * unit * sum(counts))
-    for piece in _pieces(sent, ranges, size, length + tail, batch, dim):
-        copy_words(piece.part[:, :, :length], piece.of(grad[:, :length]))
-        copy_words(piece.part[:, :, length:], piece.of(grad_text))
+    by_rank = _by_group(ranges, size)
+
+    def write(ranks: range, part: torch.Tensor) -> None:
+        of_ranks = [bound for peer in ranks for bound in by_rank[peer]]
+        for piece in _pieces(part, of_ranks, len(ranks), length + tail, batch, dim):
+            copy_words(piece.part[:, :, :length], piece.of(grad[:, :length]))
+            copy_words(piece.part[:, :, length:], piece.of(grad_text))
+
     result = grad.new_empty(_shards_numel(ranges, lengths, rank, unit, tail))
-    begin_all_to_all(
+    exchange(
         result[: (sum(lengths) + size * tail) * unit * counts[rank]],
-        sent,
-        [(n + tail) * unit * counts[rank] for n in lengths],
-        [(length + tail) * unit * n for n in counts],
+        Elements([(n + tail) * unit for n in lengths], counts, rank),
+        write,
         "to_shards backward",
         settings,
         _sizes(lengths, rows, batch, tail),

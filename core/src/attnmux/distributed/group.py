@@ -38,6 +38,7 @@ class SPGroup:
         size: Number of ranks.
         timeout: Seconds that the agreement check waits for another rank.
         checks_every_call: Whether ranks compare what they exchange on every call, not only at the first of each kind.
+        direct: Whether ranks that see each other's memory, as GPUs of one host do, exchange heads by copying from it.
         ulysses: For the strategy "usp": the ranks around this one that exchange tokens for heads. None = all of them.
         ring: For "usp": the ranks among which keys go around, each in another `ulysses` group. None = none.
     """
@@ -47,6 +48,7 @@ class SPGroup:
     size: int = 1
     timeout: float = DEFAULT_TIMEOUT
     checks_every_call: bool = False
+    direct: bool = True
     ulysses: SPGroup | None = None
     ring: SPGroup | None = None
 
@@ -56,23 +58,30 @@ class SPGroup:
         return cls()
 
     @classmethod
-    def from_group(cls, group: dist.ProcessGroup, *, timeout: float = DEFAULT_TIMEOUT) -> SPGroup:
+    def from_group(cls, group: dist.ProcessGroup, *, timeout: float = DEFAULT_TIMEOUT, direct: bool = True) -> SPGroup:
         """Return the group over all ranks of a process group; ATTNMUX_DIST_CHECK is read here.
 
         Args:
             group: The ranks. The timeout of its collectives is its own.
             timeout: Seconds that the agreement check waits for another rank, > 0.
+            direct: See the attribute; False = the group's backend does it all.
 
         Raises:
             UnsupportedRequestError: The timeout is not positive, or ATTNMUX_DIST_CHECK is neither true nor false.
         """
         if not timeout > 0:
             raise UnsupportedRequestError(f"timeout must be > 0 seconds, got {timeout!r}")
-        return cls(group.group_name, group.rank(), group.size(), timeout, read_environment().checks_every_exchange)
+        checks = read_environment().checks_every_exchange
+        return cls(group.group_name, group.rank(), group.size(), timeout, checks, direct)
 
     @classmethod
     def from_groups(
-        cls, ulysses: dist.ProcessGroup, ring: dist.ProcessGroup, *, timeout: float = DEFAULT_TIMEOUT
+        cls,
+        ulysses: dist.ProcessGroup,
+        ring: dist.ProcessGroup,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+        direct: bool = True,
     ) -> SPGroup:
         """Return the group of the strategy "usp" over two process groups that meet in this rank alone.
 
@@ -80,33 +89,35 @@ class SPGroup:
             ulysses: Ranks that exchange tokens for heads, and hold neighbouring shards.
             ring: Ranks among which keys go around: those in this one's place of the other `ulysses` groups.
             timeout: Seconds that the agreement check waits for another rank, > 0.
+            direct: See the attribute; False = the group's backend does it all.
 
         Raises:
             UnsupportedRequestError: See `from_group`.
         """
-        inner, outer = cls.from_group(ulysses, timeout=timeout), cls.from_group(ring, timeout=timeout)
+        inner, outer = (cls.from_group(group, timeout=timeout, direct=direct) for group in (ulysses, ring))
         rank, size = outer.rank * inner.size + inner.rank, outer.size * inner.size
-        return cls("", rank, size, timeout, inner.checks_every_call, inner, outer)
+        return cls("", rank, size, timeout, inner.checks_every_call, direct, inner, outer)
 
     @classmethod
-    def from_mesh(cls, mesh: DeviceMesh, *, timeout: float = DEFAULT_TIMEOUT) -> SPGroup:
+    def from_mesh(cls, mesh: DeviceMesh, *, timeout: float = DEFAULT_TIMEOUT, direct: bool = True) -> SPGroup:
         """Return the group over a mesh, such as a slice `mesh["sp"]` of one that FSDP2 uses too.
 
         Args:
             mesh: Of one dimension; or of two for the strategy "usp", the ring first and then ulysses, whose ranks are next to
                 each other.
             timeout: Seconds that the agreement check waits for another rank, > 0.
+            direct: See the attribute; False = the group's backend does it all.
 
         Raises:
             UnsupportedRequestError: The mesh has another number of dimensions.
         """
         if mesh.ndim == 2:
-            return cls.from_groups(mesh.get_group(1), mesh.get_group(0), timeout=timeout)
+            return cls.from_groups(mesh.get_group(1), mesh.get_group(0), timeout=timeout, direct=direct)
         if mesh.ndim != 1:
             raise UnsupportedRequestError(
                 f"sp_group must be a mesh of one dimension, or of two (ring, ulysses), got {mesh.ndim}; slice it by name"
             )
-        return cls.from_group(mesh.get_group(), timeout=timeout)
+        return cls.from_group(mesh.get_group(), timeout=timeout, direct=direct)
 
 
 _default: ContextVar[SPGroup | None] = ContextVar("attnmux_sp_group", default=None)
@@ -154,6 +165,7 @@ def init_sequence_parallel(
     ulysses: int | None = None,
     backend: str | None = None,
     timeout: float = DEFAULT_TIMEOUT,
+    direct: bool = True,
 ) -> SPGroup:
     """Join torch.distributed as `torchrun` says, if that has not happened yet, and set the default group.
 
@@ -165,6 +177,8 @@ def init_sequence_parallel(
             around among the others. None = a group for the other strategies.
         backend: "nccl" or "gloo"; None = NCCL where there is a GPU. Only read when torch.distributed is not initialised.
         timeout: Seconds after which a collective fails.
+        direct: Whether ranks that see each other's memory, as GPUs of one host do, exchange heads by copying from it; False = the
+            backend does it all.
 
     Returns:
         The group of this rank.
@@ -198,11 +212,12 @@ def init_sequence_parallel(
         raise UnsupportedRequestError(f"ulysses={ulysses} must divide the {size} ranks that share a sequence")
     firsts = range(0, world, size)
     if ulysses is None:
-        found = SPGroup.from_group(_own_group([range(first, first + size) for first in firsts], limit), timeout=timeout)
+        group = _own_group([range(first, first + size) for first in firsts], limit)
+        found = SPGroup.from_group(group, timeout=timeout, direct=direct)
     else:
         inner = _own_group([range(first, first + ulysses) for first in range(0, world, ulysses)], limit)
         columns = [range(first + place, first + size, ulysses) for first in firsts for place in range(ulysses)]
-        found = SPGroup.from_groups(inner, _own_group(columns, limit), timeout=timeout)
+        found = SPGroup.from_groups(inner, _own_group(columns, limit), timeout=timeout, direct=direct)
     _default.set(found)
     return found
 

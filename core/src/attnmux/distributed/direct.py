@@ -1,0 +1,255 @@
+"""Exchanges in which every rank copies what is for it out of the others' memory, by the GPUs' copy engines.
+
+A kernel that sends and receives holds multiprocessors, also while it waits for a rank that is not as far; copy engines hold none.
+A rank writes what the others want to its stage, memory that they see: torch's symmetric memory, among ranks of one host whose GPUs
+reach each other. Once all have written, each copies; once all have copied, the stage is free. For "all have" the ranks sum one
+number by the group's own backend, so that a rank that is missing is found as in any other collective.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from contextlib import nullcontext
+from datetime import timedelta
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import Work
+
+from attnmux.distributed.agreement import collect
+from attnmux.errors import SequenceParallelError
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+__all__ = ["Direct", "Elements", "Parcel", "direct_of"]
+
+_logger = logging.getLogger("attnmux")
+
+# of each process group as long as it lives; None where ranks do not see each other's memory
+_found: WeakKeyDictionary[dist.ProcessGroup, Direct | None] = WeakKeyDictionary()
+
+_LEAST = 1 << 21
+"""Bytes of a new stage; memory is mapped in pages of this size."""
+
+_SEARCH = "search for memory that all ranks see"
+
+
+class Elements(NamedTuple):
+    """How many elements each rank has for each: `senders[r] * receivers[p]` of rank r for rank p."""
+
+    senders: list[int]
+    receivers: list[int]
+    rank: int
+
+    @property
+    def incoming(self) -> list[int]:
+        """Those for this rank, in rank order, its own among them."""
+        return [sender * self.receivers[self.rank] for sender in self.senders]
+
+    @property
+    def outgoing(self) -> list[int]:
+        """Those of this rank, in rank order, its own among them."""
+        return [self.senders[self.rank] * receiver for receiver in self.receivers]
+
+    def staged(self, sender: int) -> list[int]:
+        """Where what a sender has for each rank starts in its stage, and where the last ends; nothing is there for itself."""
+        sizes = [0 if peer == sender else n for peer, n in enumerate(self.receivers)]
+        return [self.senders[sender] * end for end in accumulate(sizes, initial=0)]
+
+    @property
+    def largest_stage(self) -> int:
+        """Elements of the rank that has most for others."""
+        return max(self.staged(sender)[-1] for sender in range(len(self.senders)))
+
+
+def direct_of(group: dist.ProcessGroup, device: torch.device, timeout: float) -> Direct | None:
+    """Return how ranks of a group copy from each other; None where they cannot. Every rank has to call it, the first time."""
+    if group not in _found:
+        _found[group] = _find(group, device, timeout)
+    return _found[group]
+
+
+def _find(group: dist.ProcessGroup, device: torch.device, timeout: float) -> Direct | None:
+    places = collect(group, _place(group, device), timeout, _SEARCH)
+    if not places[0] or len(set(places)) > 1:
+        return None
+    direct, problem = None, ""
+    try:
+        direct = Direct(group, device)
+    except (ImportError, RuntimeError) as error:
+        problem = f"rank {group.rank()}: {error}"
+    problems = list(filter(None, collect(group, problem, timeout, _SEARCH)))
+    if not problems:
+        return direct
+    _logger.warning(
+        "group %r exchanges by collectives alone, its ranks see no common memory: %s", group.group_name, problems[0]
+    )
+    return None
+
+
+def _place(group: dist.ProcessGroup, device: torch.device) -> str:
+    """Return what ranks have in common that may share memory; empty for one that cannot."""
+    if device.type != "cuda" or group._get_backend(device).name() != "nccl":
+        return ""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip()}" if boot.exists() else ""
+
+
+def _shared_memory(numel: int, group: dist.ProcessGroup, device: torch.device) -> tuple[list[torch.Tensor], object]:
+    """Return flat bytes of every rank, in rank order, and what keeps them; every rank has to ask for as many."""
+    from torch.distributed import _symmetric_memory as symmetric
+
+    own = symmetric.empty(numel, dtype=torch.uint8, device=device)
+    handle = symmetric.rendezvous(own, group)
+    seen = [handle.get_buffer(rank, (numel,), torch.uint8) for rank in range(group.size()) if rank != group.rank()]
+    seen.insert(group.rank(), own)
+    return seen, handle
+
+
+class _Stage:
+    """Memory of one exchange at a time, and the stream on which it copies.
+
+    Attributes:
+        memory: Flat bytes of every rank, in rank order.
+        is_open: Whether an exchange is between being written and having arrived.
+        stream: None on a CPU, where everything happens at once.
+        free: Since when the others have copied what was written last.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, numel: int) -> None:
+        self._group, self._device = group, device
+        self.memory, self._keeper = _shared_memory(numel, group, device)
+        self.is_open = False
+        self.stream = _fast_stream(device) if device.type == "cuda" else None
+        self.free: torch.cuda.Event | None = None
+        self._flag = torch.zeros(1, dtype=torch.int32, device=device)
+        # a captured graph writes where it wrote when it was captured
+        self._captured: list[object] = []
+
+    def reserve(self, numel: int) -> None:
+        """Hold at least so many bytes; every rank has to ask for as many."""
+        if numel <= self.memory[0].numel():
+            return
+        if is_capturing():
+            raise SequenceParallelError(
+                f"group {self._group.group_name!r}: a CUDA graph is captured that exchanges {numel} bytes at a time, and "
+                f"{self.memory[0].numel()} were the most so far; run what is captured once before"
+            )
+        if self.stream is not None:
+            # nobody comes to the rendezvous before it has copied what it wanted
+            torch.cuda.synchronize(self._device)
+        try:
+            self.memory, self._keeper = _shared_memory(numel, self._group, self._device)
+        except RuntimeError as error:
+            raise SequenceParallelError(
+                f"group {self._group.group_name!r}: rank {self._group.rank()} got no {numel} bytes that other ranks see: {error}; "
+                "a group made with direct=False does without"
+            ) from error
+
+    def open(self) -> None:
+        """Let the current stream write."""
+        self.is_open = True
+        if is_capturing():
+            # what ran before the graph is not known when it is captured
+            self._captured.append((self.memory, self._keeper))
+            self.meet()
+        elif self.free is not None:
+            self.free.wait()
+
+    def meet(self) -> None:
+        """Let the current stream wait until those of all ranks have come as far."""
+        dist.all_reduce(self._flag, group=self._group)
+
+    def copying(self) -> AbstractContextManager[Any]:
+        """Enter the stream that copies, after what the current one was given so far."""
+        if self.stream is None:
+            return nullcontext()
+        self.stream.wait_stream(torch.cuda.current_stream(self._device))
+        return torch.cuda.stream(self.stream)
+
+
+def _fast_stream(device: torch.device) -> torch.cuda.Stream:
+    # what waits for other ranks gets the first multiprocessor that attention leaves
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+
+def is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+class Direct:
+    """Exchanges among the ranks of a group that see each other's memory.
+
+    Attributes:
+        stages: As many as exchanges were under way at a time. Each holds what the rank had for others in its largest one.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self._group, self._device = group, device
+        self.stages = [_Stage(group, device, _LEAST)]
+
+    def open(self, elements: Elements, dtype: torch.dtype) -> Parcel:
+        """Return what is to be written and sent; the ranks make the same calls, and so take the same stages."""
+        stage = next((stage for stage in self.stages if not stage.is_open), None)
+        if stage is None:
+            stage = _Stage(self._group, self._device, _LEAST)
+            self.stages.append(stage)
+        stage.reserve(elements.largest_stage * dtype.itemsize)
+        stage.open()
+        return Parcel(stage, elements, dtype)
+
+
+class Parcel(Work):
+    """What a rank has for the others, until what they have for it is there.
+
+    Attributes:
+        buffer: Flat; what is for each of the others, in rank order.
+    """
+
+    def __init__(self, stage: _Stage, elements: Elements, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._stage, self._elements, self._dtype = stage, elements, dtype
+        self.buffer = self._memory_of(elements.rank)[: elements.staged(elements.rank)[-1]]
+        self._received: torch.Tensor | None = None
+        self._there: torch.cuda.Event | None = None
+
+    def _memory_of(self, rank: int) -> torch.Tensor:
+        return self._stage.memory[rank].view(self._dtype)
+
+    def send(self, received: torch.Tensor) -> None:
+        """Start to fill the flat `received`, in rank order, with what others have for this rank; its own part stays as it is."""
+        elements, stage, rank = self._elements, self._stage, self._elements.rank
+        parts = torch.split(received, elements.incoming)
+        with stage.copying():
+            stage.meet()
+            # each rank begins with another
+            for sender in ((rank + step) % len(parts) for step in range(1, len(parts))):
+                start = elements.staged(sender)[rank]
+                parts[sender].copy_(self._memory_of(sender)[start : start + parts[sender].numel()])
+            copied = self._record()
+            stage.meet()
+            free = self._record()
+        # a graph has to end where the stage is free, and only the graph knows when that is
+        stage.free, self._there = (stage.free, free) if is_capturing() else (free, copied)
+        # its memory is not to be given away before it is filled
+        self._received = received
+
+    def _record(self) -> torch.cuda.Event | None:
+        if self._stage.stream is None:
+            return None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Let the current stream wait for what was received."""
+        if self._there is not None:
+            self._there.wait()
+        self._stage.is_open, self._received = False, None
+        return True
