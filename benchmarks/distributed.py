@@ -36,6 +36,7 @@ from attnmux.bench import describe_environment
 from attnmux.bench.harness import CpuClock, Timing
 from attnmux.distributed import HeadPlan, count_traffic, exchange_ops, ring
 from attnmux.distributed.collective import Pending, describe
+from attnmux.distributed.direct import direct_of
 from attnmux.distributed.exchange import Exchange, arrived_heads, arrived_shards, send_heads, send_shards
 from attnmux.distributed.merge import merge_part
 from attnmux.errors import AttnmuxError
@@ -48,7 +49,7 @@ DRIFT = 0.02
 WARM_UP = 3
 DENSE = ("TORCH_SDPA", "FLASH_ATTN")
 # with groups of heads
-ULYSSES = (("ulysses", 1), ("ulysses", 2))
+ULYSSES = (("ulysses", 1), ("ulysses", 2), ("ulysses", 4))
 STRATEGIES = (*ULYSSES, ("ring", 1), ("allgather_kv", 1))
 
 
@@ -332,7 +333,20 @@ class LeftOut:
     def __init__(self, device):
         self.device, self.prepared, self.intervals = device, {}, []
 
-    def fill(self, received, sent, *_, **__):
+    def exchange(self, received, elements, write, *_, takes_own=True, **__):
+        """Write what others would copy, and this rank's own part, as an exchange does among ranks that see each other's memory."""
+        rank, outgoing = elements.rank, elements.outgoing
+        before, _, behind = torch.split(
+            received.new_empty(sum(outgoing)), [sum(outgoing[:rank]), outgoing[rank], sum(outgoing[rank + 1 :])]
+        )
+        for ranks, part in ((range(rank), before), (range(rank + 1, len(outgoing)), behind)):
+            if ranks:
+                write(ranks, part)
+        self.fill(received)
+        if takes_own:
+            write(range(rank, rank + 1), torch.split(received, elements.incoming)[rank])
+
+    def fill(self, received, *_, **__):
         if received.numel() not in self.prepared:
             # numbers like those that would come: what sparse backends choose depends on them
             self.prepared[received.numel()] = torch.randn_like(received)
@@ -353,7 +367,7 @@ class LeftOut:
         """Return what `measure` does, and the milliseconds that one of its `runs` spent with filling in."""
         self.intervals.clear()
         with (
-            patch.object(exchange_ops, "begin_all_to_all", self.fill),
+            patch.object(exchange_ops, "exchange", self.exchange),
             patch.object(ring, "start_all_to_all", self.fill),
         ):
             found = measure()
@@ -399,8 +413,8 @@ def measure_copies(shape, ranks, repetitions):
     with torch.no_grad():
         exchange_ms, filled = LeftOut(shape.device).measure(lambda: time_of(exchange_alone), repetitions + WARM_UP)
         merge_ms = time_of(lambda: merge_part((own[0], lse[0]), own[1], lse[1], dtype=shape.dtype))
-    # q, k, v are written into one buffer, the output is read from one
-    moved = 8 * own[0].numel() * own[0].element_size()
+    # q, k, v and the output are written where they leave from or stay, and what came of the output to where it belongs
+    moved = 2 * (4 + (ranks - 1) / ranks) * own[0].numel() * own[0].element_size()
     return {"ranks": ranks, "exchange_ms": exchange_ms - filled, "exchange_bytes": moved, "merge_ms": merge_ms}
 
 
@@ -495,13 +509,22 @@ def show(found):
     out("".join(f"computed, not measured: {json.dumps(row)}\n" for row in found["computed"]))
 
 
-def join(backend):
+def direct_of_group(sp, device):
+    """Whether heads were exchanged by copies from memory that ranks see."""
+    return (
+        sp.size > 1
+        and sp.direct
+        and direct_of(dist.distributed_c10d._resolve_process_group(sp.name), device, sp.timeout) is not None
+    )
+
+
+def join(backend, direct):
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    return init_sequence_parallel(backend=backend)
+    return init_sequence_parallel(backend=backend, direct=direct)
 
 
 def main():
@@ -514,6 +537,9 @@ def main():
     )
     parser.add_argument("--repetitions", type=int, default=30)
     parser.add_argument("--train", action="store_true", help="forward and backward together, too")
+    parser.add_argument("--strategies", nargs="+", default=["ulysses", "ring", "allgather_kv"])
+    parser.add_argument("--collectives", action="store_true", help="exchange by NCCL alone")
+    parser.add_argument("--no-peers", action="store_true", help="without other projects")
     parser.add_argument("--backends", nargs="+", default=["TORCH_SDPA", "FLASH_ATTN", "VIDEO_SPARSE_ATTN", "SLA_ATTN"])
     parser.add_argument(
         "--between-nodes", type=float, help="GB/s per GPU that were measured between hosts, for 64 GPUs"
@@ -526,7 +552,7 @@ def main():
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
 
-    sp = join("nccl" if arguments.device == "cuda" and not arguments.rehearse else "gloo")
+    sp = join("nccl" if arguments.device == "cuda" and not arguments.rehearse else "gloo", not arguments.collectives)
     device = torch.device("cuda", torch.cuda.current_device()) if arguments.device == "cuda" else torch.device("cpu")
     shape = Shape(
         *(QUICK if arguments.quick or arguments.rehearse else WAN),
@@ -536,6 +562,8 @@ def main():
     rows = []
     for backend in arguments.backends:
         for strategy, overlap in STRATEGIES if backend in DENSE else ULYSSES:
+            if strategy not in arguments.strategies:
+                continue
             for direction in ("forward", "forward + backward")[: 1 + arguments.train]:
                 rows.append(measure_strategy(backend, strategy, overlap, shape, sp, arguments, direction))
                 if sp.size == 1:
@@ -543,7 +571,7 @@ def main():
             if sp.size == 1:
                 # without other ranks every strategy is the same code
                 break
-    if sp.size > 1:
+    if sp.size > 1 and not arguments.no_peers:
         rows.append(measure_peer(diffusers_ulysses.version(), make_diffusers, shape, sp, arguments))
         rows.append(measure_peer("FastVideo's passes", make_fastvideo, shape, sp, arguments))
     parts = measure_parts(shape, sp, arguments.repetitions)
@@ -562,6 +590,7 @@ def main():
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else "",
         "ranks": sp.size,
         "rehearsal": arguments.rehearse,
+        "direct": direct_of_group(sp, device),
         "shape": {"tokens": shape.tokens, "heads": shape.heads, "head_size": shape.dim, "dtype": str(shape.dtype)},
         "sparsity": SPARSITY,
         "rows": rows,
