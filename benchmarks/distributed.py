@@ -480,15 +480,22 @@ def plot(found, path):
     figure.savefig(path, dpi=150)
 
 
+def shown(row):
+    """Return a measured row, and show it on the first rank."""
+    name = f"{row['backend']:20s} {row['strategy']:12s} x{row['overlap']} {row['direction']:18s}"
+    if "efficiency" in row:
+        note = "  (T1 drifted)" if row["drifted"] else ""
+        text = f"T1 {row['t1_ms']:9.3f} ms  TP {row['tp_ms']:9.3f} ms  efficiency {row['efficiency']:.4f}{note}"
+    else:
+        text = f"{row['gate']}: {row.get('refused', 'it runs')}"
+    if dist.get_rank() == 0:
+        sys.stdout.write(f"{name} {text}\n")
+        sys.stdout.flush()
+    return row
+
+
 def show(found):
     out = sys.stdout.write
-    for row in found["rows"]:
-        name = f"{row['backend']:20s} {row['strategy']:12s} x{row['overlap']} {row['direction']:18s}"
-        if "efficiency" not in row:
-            out(f"{name} {row['gate']}: {row.get('refused', 'it runs')}\n")
-            continue
-        note = "  (T1 drifted)" if row["drifted"] else ""
-        out(f"{name} T1 {row['t1_ms']:9.3f} ms  TP {row['tp_ms']:9.3f} ms  efficiency {row['efficiency']:.4f}{note}\n")
     out("".join(f"{name}: {value:.3f}\n" for name, value in found["parts"].items()))
     for name, value in (found["one_rank"] or {}).items():
         out(f"one rank: {name}: {len(value) if isinstance(value, list) else value}\n")
@@ -565,15 +572,15 @@ def main():
             if strategy not in arguments.strategies:
                 continue
             for direction in ("forward", "forward + backward")[: 1 + arguments.train]:
-                rows.append(measure_strategy(backend, strategy, overlap, shape, sp, arguments, direction))
+                rows.append(shown(measure_strategy(backend, strategy, overlap, shape, sp, arguments, direction)))
                 if sp.size == 1:
                     break
             if sp.size == 1:
                 # without other ranks every strategy is the same code
                 break
     if sp.size > 1 and not arguments.no_peers:
-        rows.append(measure_peer(diffusers_ulysses.version(), make_diffusers, shape, sp, arguments))
-        rows.append(measure_peer("FastVideo's passes", make_fastvideo, shape, sp, arguments))
+        rows.append(shown(measure_peer(diffusers_ulysses.version(), make_diffusers, shape, sp, arguments)))
+        rows.append(shown(measure_peer("FastVideo's passes", make_fastvideo, shape, sp, arguments)))
     parts = measure_parts(shape, sp, arguments.repetitions)
     if arguments.rehearse:
         parts = {}
