@@ -28,12 +28,13 @@ def mapped_files(numel, group, device):
     memory = [torch.from_file(name, shared=True, size=numel, dtype=torch.uint8) for name in names]
     collect(group, "mapped", 5.0, "test")
     own.unlink()
-    return memory, None
+    flag = torch.zeros(1)
+    return direct.SharedMemory(memory, lambda: dist.all_reduce(flag, group=group))
 
 
 def seeing(place=lambda group, device: "here", memory=mapped_files):
     """Patches by which ranks find each other's memory, anew for the groups of this block."""
-    return patch.multiple(direct, _place=place, _shared_memory=memory, _found={})
+    return patch.multiple(direct, _place=place, _share=memory, _found={})
 
 
 def run(sp, function, *arguments):
@@ -62,13 +63,13 @@ def stages(sp):
         layer, mine = layer_and_shards(sp, 8)
         first = layer(*mine)[0]
         (found,) = direct._found.values()
-        sizes = [stage.memory[0].numel() for stage in found.stages]
+        sizes = [stage.memory.of_rank[0].numel() for stage in found.stages]
         memory = found.stages[0].memory
         assert torch.equal(layer(*mine)[0], first)
         assert found.stages[0].memory is memory
         longer, longer_shards = layer_and_shards(sp, 16)
         want = longer(*longer_shards)[0]
-        grown = [stage.memory[0].numel() for stage in found.stages]
+        grown = [stage.memory.of_rank[0].numel() for stage in found.stages]
         several, _ = layer_and_shards(sp, 16, overlap=2)
         assert torch.equal(several(*longer_shards)[0], want)
         assert not any(stage.is_open for stage in found.stages)
@@ -99,7 +100,7 @@ def one_without(sp):
     def none_on_rank_1(numel, group, device):
         if group.rank() == 1:
             raise RuntimeError("no peer access")
-        return [torch.empty(numel, dtype=torch.uint8)] * group.size(), None
+        return direct.SharedMemory([torch.empty(numel, dtype=torch.uint8)] * group.size(), lambda: None)
 
     layer, mine = layer_and_shards(sp, 8)
     want = layer(*mine)[0]

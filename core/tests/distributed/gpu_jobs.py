@@ -186,3 +186,29 @@ def compiled(sp, name, overlap):
 
     for which, (x, y) in enumerate(zip(run(torch.compile(layer, fullgraph=True)), run(layer), strict=True)):
         assert_close_to_oracle(x, y.double(), y, kind="gradient" if which else "output", what=f"{name} {which}")
+
+
+def left_alone(sp):
+    """A rank whose neighbour dies fails within the timeout of the group; returns after how long, and what a next call says."""
+    import datetime
+    import os
+    import time
+
+    group = SPGroup.from_group(dist.new_group(timeout=datetime.timedelta(seconds=2)), timeout=2.0)
+    layer = DistributedAttention(4, DIM, backend="TORCH_SDPA", dtype=torch.bfloat16, sp_group=group)
+    mine = [torch.randn(1, 9, 4, DIM, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    layer(*mine)
+    torch.cuda.synchronize()
+    if sp.rank == 1:
+        os._exit(0)
+    layer(*mine)
+    started = time.monotonic()
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        waited = time.monotonic() - started
+    try:
+        layer(*mine)
+    except RuntimeError as error:
+        return waited, str(error)
+    raise AssertionError("no error")

@@ -62,6 +62,13 @@ def test_a_layer_over_two_gpus_runs_in_a_cuda_graph(gpu_pools, strategy, overlap
     gpu_pools(2).run("captured", strategy, overlap)
 
 
+@pytest.mark.multigpu(2)
+def test_a_rank_that_died_ends_the_others_within_the_timeout(gpu_pools):
+    ((waited, message),) = gpu_pools(2).run("left_alone", dies=1)
+    assert waited < 2 + 5
+    assert "to_heads failed on rank 0 of 2" in message
+
+
 @pytest.mark.multigpu(4)
 @pytest.mark.parametrize("strategy", ["ulysses", "ring", "allgather_kv"])
 def test_four_gpus_match_float64_in_bfloat16(gpu_pools, strategy):

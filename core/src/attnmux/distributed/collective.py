@@ -236,19 +236,24 @@ def exchange(
         begin_all_to_all(*fields, waits=waits)
         return
     _count(sum(outgoing) - outgoing[rank], received.element_size())
-    parcel = direct.open(elements, received.dtype)
-    before = sum(outgoing[:rank])
-    for others, part in ((range(rank), parcel.buffer[:before]), (range(rank + 1, ranks), parcel.buffer[before:])):
-        if len(others):
-            write(others, part)
-    parcel.send(received)
-    if takes_own:
-        # while the others' comes
-        write(range(rank, rank + 1), torch.split(received, elements.incoming)[rank])
-    if waits:
-        parcel.wait()
-    else:
-        _register_work(received, parcel)
+    failed = _failure(group, operation, f"sending {outgoing} and receiving {elements.incoming}", received.dtype)
+    try:
+        parcel = direct.open(elements, received.dtype)
+        before = sum(outgoing[:rank])
+        for others, part in ((range(rank), parcel.buffer[:before]), (range(rank + 1, ranks), parcel.buffer[before:])):
+            if len(others):
+                write(others, part)
+        parcel.send(received)
+        if takes_own:
+            # while the others' comes
+            write(range(rank, rank + 1), torch.split(received, elements.incoming)[rank])
+        if waits:
+            parcel.wait()
+        else:
+            _register_work(received, parcel)
+    except torch.AcceleratorError as error:
+        # of this exchange or of an earlier one, in which another rank did not come
+        raise SequenceParallelError(f"{failed}: {error}") from error
 
 
 def arrived(under_way: torch.Tensor, operation: str, settings: str) -> torch.Tensor:

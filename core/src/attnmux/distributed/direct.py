@@ -2,8 +2,8 @@
 
 A kernel that sends and receives holds multiprocessors, also while it waits for a rank that is not as far; copy engines hold none.
 A rank writes what the others want to its stage, memory that they see: torch's symmetric memory, among ranks of one host whose GPUs
-reach each other. Once all have written, each copies; once all have copied, the stage is free. For "all have" the ranks sum one
-number by the group's own backend, so that a rank that is missing is found as in any other collective.
+reach each other. Once all have written, each copies; once all have copied, the stage is free. To say so takes a kernel of a few
+threads, which finds room beside those of attention, also where these stay for as long as it takes.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.distributed as dist
 from torch._C._distributed_c10d import Work
 
 from attnmux.distributed.agreement import collect
 from attnmux.errors import SequenceParallelError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
+
+    import torch.distributed as dist
 
 __all__ = ["Direct", "Elements", "Parcel", "direct_of"]
 
@@ -101,22 +103,36 @@ def _place(group: dist.ProcessGroup, device: torch.device) -> str:
     return f"{socket.gethostname()} {boot.read_text().strip()}" if boot.exists() else ""
 
 
-def _shared_memory(numel: int, group: dist.ProcessGroup, device: torch.device) -> tuple[list[torch.Tensor], object]:
-    """Return flat bytes of every rank, in rank order, and what keeps them; every rank has to ask for as many."""
+class SharedMemory(NamedTuple):
+    """Memory that all ranks of a group see.
+
+    Attributes:
+        of_rank: Flat bytes of every rank, in rank order.
+        meet: Lets the current stream wait until those of all ranks have come as far.
+    """
+
+    of_rank: list[torch.Tensor]
+    meet: Callable[[], None]
+
+
+def _share(numel: int, group: dist.ProcessGroup, device: torch.device) -> SharedMemory:
+    """Return so many bytes of every rank; each has to ask for as many."""
     from torch.distributed import _symmetric_memory as symmetric
 
     own = symmetric.empty(numel, dtype=torch.uint8, device=device)
     handle = symmetric.rendezvous(own, group)
     seen = [handle.get_buffer(rank, (numel,), torch.uint8) for rank in range(group.size()) if rank != group.rank()]
     seen.insert(group.rank(), own)
-    return seen, handle
+    # a rank that does not come ends the kernel, and with it the process, when a collective would end
+    limit = group._get_backend(device).options._timeout // timedelta(milliseconds=1)
+    return SharedMemory(seen, lambda: handle.barrier(0, limit))
 
 
 class _Stage:
     """Memory of one exchange at a time, and the stream on which it copies.
 
     Attributes:
-        memory: Flat bytes of every rank, in rank order.
+        memory: Of every rank.
         is_open: Whether an exchange is between being written and having arrived.
         stream: None on a CPU, where everything happens at once.
         free: Since when the others have copied what was written last.
@@ -124,28 +140,27 @@ class _Stage:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, numel: int) -> None:
         self._group, self._device = group, device
-        self.memory, self._keeper = _shared_memory(numel, group, device)
+        self.memory = _share(numel, group, device)
         self.is_open = False
         self.stream = _fast_stream(device) if device.type == "cuda" else None
         self.free: torch.cuda.Event | None = None
-        self._flag = torch.zeros(1, dtype=torch.int32, device=device)
         # a captured graph writes where it wrote when it was captured
-        self._captured: list[object] = []
+        self._captured: list[SharedMemory] = []
 
     def reserve(self, numel: int) -> None:
         """Hold at least so many bytes; every rank has to ask for as many."""
-        if numel <= self.memory[0].numel():
+        if numel <= self.memory.of_rank[0].numel():
             return
         if is_capturing():
             raise SequenceParallelError(
                 f"group {self._group.group_name!r}: a CUDA graph is captured that exchanges {numel} bytes at a time, and "
-                f"{self.memory[0].numel()} were the most so far; run what is captured once before"
+                f"{self.memory.of_rank[0].numel()} were the most so far; run what is captured once before"
             )
         if self.stream is not None:
             # nobody comes to the rendezvous before it has copied what it wanted
             torch.cuda.synchronize(self._device)
         try:
-            self.memory, self._keeper = _shared_memory(numel, self._group, self._device)
+            self.memory = _share(numel, self._group, self._device)
         except RuntimeError as error:
             raise SequenceParallelError(
                 f"group {self._group.group_name!r}: rank {self._group.rank()} got no {numel} bytes that other ranks see: {error}; "
@@ -157,14 +172,10 @@ class _Stage:
         self.is_open = True
         if is_capturing():
             # what ran before the graph is not known when it is captured
-            self._captured.append((self.memory, self._keeper))
-            self.meet()
+            self._captured.append(self.memory)
+            self.memory.meet()
         elif self.free is not None:
             self.free.wait()
-
-    def meet(self) -> None:
-        """Let the current stream wait until those of all ranks have come as far."""
-        dist.all_reduce(self._flag, group=self._group)
 
     def copying(self) -> AbstractContextManager[Any]:
         """Enter the stream that copies, after what the current one was given so far."""
@@ -220,20 +231,20 @@ class Parcel(Work):
         self._there: torch.cuda.Event | None = None
 
     def _memory_of(self, rank: int) -> torch.Tensor:
-        return self._stage.memory[rank].view(self._dtype)
+        return self._stage.memory.of_rank[rank].view(self._dtype)
 
     def send(self, received: torch.Tensor) -> None:
         """Start to fill the flat `received`, in rank order, with what others have for this rank; its own part stays as it is."""
         elements, stage, rank = self._elements, self._stage, self._elements.rank
         parts = torch.split(received, elements.incoming)
         with stage.copying():
-            stage.meet()
+            stage.memory.meet()
             # each rank begins with another
             for sender in ((rank + step) % len(parts) for step in range(1, len(parts))):
                 start = elements.staged(sender)[rank]
                 parts[sender].copy_(self._memory_of(sender)[start : start + parts[sender].numel()])
             copied = self._record()
-            stage.meet()
+            stage.memory.meet()
             free = self._record()
         # a graph has to end where the stage is free, and only the graph knows when that is
         stage.free, self._there = (stage.free, free) if is_capturing() else (free, copied)
