@@ -63,13 +63,13 @@ def stages(sp):
         layer, mine = layer_and_shards(sp, 8)
         first = layer(*mine)[0]
         (found,) = direct._found.values()
-        sizes = [stage.memory.of_rank[0].numel() for stage in found.stages]
+        sizes = [stage.numel for stage in found.stages]
         memory = found.stages[0].memory
         assert torch.equal(layer(*mine)[0], first)
         assert found.stages[0].memory is memory
         longer, longer_shards = layer_and_shards(sp, 16)
         want = longer(*longer_shards)[0]
-        grown = [stage.memory.of_rank[0].numel() for stage in found.stages]
+        grown = [stage.numel for stage in found.stages]
         several, _ = layer_and_shards(sp, 16, overlap=2)
         assert torch.equal(several(*longer_shards)[0], want)
         assert not any(stage.is_open for stage in found.stages)
@@ -131,10 +131,12 @@ def too_large(sp):
 def not_in_a_graph(sp):
     """Nor does it grow while a CUDA graph is captured."""
     with seeing():
-        stage = direct._Stage(dist.group.WORLD, torch.device("cpu"), 64)
+        found = direct.Direct()
+        stage = found.reserve(dist.group.WORLD, torch.device("cpu"), 64)
         with patch.object(direct, "is_capturing", lambda: True):
+            assert found.reserve(dist.group.WORLD, torch.device("cpu"), stage.numel) is stage
             try:
-                stage.reserve(65)
+                found.reserve(dist.group.WORLD, torch.device("cpu"), stage.numel + 1)
             except SequenceParallelError as error:
                 return str(error)
     raise AssertionError("no error")

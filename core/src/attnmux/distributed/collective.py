@@ -238,7 +238,7 @@ def exchange(
     _count(sum(outgoing) - outgoing[rank], received.element_size())
     failed = _failure(group, operation, f"sending {outgoing} and receiving {elements.incoming}", received.dtype)
     try:
-        parcel = direct.open(elements, received.dtype)
+        parcel = direct.open(group, elements, received)
         before = sum(outgoing[:rank])
         for others, part in ((range(rank), parcel.buffer[:before]), (range(rank + 1, ranks), parcel.buffer[before:])):
             if len(others):

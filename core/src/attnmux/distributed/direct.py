@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import socket
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
@@ -81,17 +82,15 @@ def _find(group: dist.ProcessGroup, device: torch.device, timeout: float) -> Dir
     places = collect(group, _place(group, device), timeout, _SEARCH)
     if not places[0] or len(set(places)) > 1:
         return None
-    direct, problem = None, ""
+    direct, problem = Direct(), ""
     try:
-        direct = Direct(group, device)
-    except (ImportError, RuntimeError) as error:
-        problem = f"rank {group.rank()}: {error}"
+        direct.reserve(group, device, _LEAST)
+    except (ImportError, SequenceParallelError) as error:
+        problem = str(error)
     problems = list(filter(None, collect(group, problem, timeout, _SEARCH)))
     if not problems:
         return direct
-    _logger.warning(
-        "group %r exchanges by collectives alone, its ranks see no common memory: %s", group.group_name, problems[0]
-    )
+    _logger.warning("collectives exchange instead: %s", problems[0])
     return None
 
 
@@ -128,52 +127,37 @@ def _share(numel: int, group: dist.ProcessGroup, device: torch.device) -> Shared
     return SharedMemory(seen, lambda: handle.barrier(0, limit))
 
 
+@dataclass
 class _Stage:
     """Memory of one exchange at a time, and the stream on which it copies.
 
     Attributes:
         memory: Of every rank.
-        is_open: Whether an exchange is between being written and having arrived.
         stream: None on a CPU, where everything happens at once.
+        is_open: Whether an exchange is between being written and having arrived.
         free: Since when the others have copied what was written last.
+        captured: What captured graphs write to: a stage that grew is kept for them.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, numel: int) -> None:
-        self._group, self._device = group, device
-        self.memory = _share(numel, group, device)
-        self.is_open = False
-        self.stream = _fast_stream(device) if device.type == "cuda" else None
-        self.free: torch.cuda.Event | None = None
-        # a captured graph writes where it wrote when it was captured
-        self._captured: list[SharedMemory] = []
+    memory: SharedMemory
+    stream: torch.cuda.Stream | None
+    is_open: bool = False
+    free: torch.cuda.Event | None = None
+    captured: list[SharedMemory] = field(default_factory=list)
 
-    def reserve(self, numel: int) -> None:
-        """Hold at least so many bytes; every rank has to ask for as many."""
-        if numel <= self.memory.of_rank[0].numel():
-            return
-        if is_capturing():
-            raise SequenceParallelError(
-                f"group {self._group.group_name!r}: a CUDA graph is captured that exchanges {numel} bytes at a time, and "
-                f"{self.memory.of_rank[0].numel()} were the most so far; run what is captured once before"
-            )
-        if self.stream is not None:
-            # nobody comes to the rendezvous before it has copied what it wanted
-            torch.cuda.synchronize(self._device)
-        try:
-            self.memory = _share(numel, self._group, self._device)
-        except RuntimeError as error:
-            raise SequenceParallelError(
-                f"group {self._group.group_name!r}: rank {self._group.rank()} got no {numel} bytes that other ranks see: {error}; "
-                "a group made with direct=False does without"
-            ) from error
+    @property
+    def numel(self) -> int:
+        """Its bytes."""
+        return self.memory.of_rank[0].numel()
 
     def open(self) -> None:
         """Let the current stream write."""
         self.is_open = True
         if is_capturing():
             # what ran before the graph is not known when it is captured
-            self._captured.append(self.memory)
             self.memory.meet()
+            if not any(memory is self.memory for memory in self.captured):
+                self.captured.append(self.memory)
         elif self.free is not None:
             self.free.wait()
 
@@ -181,13 +165,8 @@ class _Stage:
         """Enter the stream that copies, after what the current one was given so far."""
         if self.stream is None:
             return nullcontext()
-        self.stream.wait_stream(torch.cuda.current_stream(self._device))
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
         return torch.cuda.stream(self.stream)
-
-
-def _fast_stream(device: torch.device) -> torch.cuda.Stream:
-    # what waits for other ranks gets the first multiprocessor that attention leaves
-    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 def is_capturing() -> bool:
@@ -195,25 +174,48 @@ def is_capturing() -> bool:
 
 
 class Direct:
-    """Exchanges among the ranks of a group that see each other's memory.
+    """Exchanges among the ranks of a group that see each other's memory. It does not hold the group, whose end is its own.
 
     Attributes:
         stages: As many as exchanges were under way at a time. Each holds what the rank had for others in its largest one.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self._group, self._device = group, device
-        self.stages = [_Stage(group, device, _LEAST)]
+    def __init__(self) -> None:
+        self.stages: list[_Stage] = []
 
-    def open(self, elements: Elements, dtype: torch.dtype) -> Parcel:
-        """Return what is to be written and sent; the ranks make the same calls, and so take the same stages."""
+    def reserve(self, group: dist.ProcessGroup, device: torch.device, numel: int) -> _Stage:
+        """Return a stage that is not open, of at least so many bytes; the ranks make the same calls, and so take the same one."""
         stage = next((stage for stage in self.stages if not stage.is_open), None)
+        if stage is not None and numel <= stage.numel:
+            return stage
+        found = f"group {group.group_name!r}: rank {group.rank()}"
+        if is_capturing():
+            raise SequenceParallelError(
+                f"{found} captures a CUDA graph that exchanges {numel} bytes, for which there is no stage yet; run what is "
+                "captured once before"
+            )
+        if device.type == "cuda":
+            # nobody comes to the rendezvous before it has copied what it wanted
+            torch.cuda.synchronize(device)
+        try:
+            memory = _share(max(numel, _LEAST), group, device)
+        except RuntimeError as error:
+            raise SequenceParallelError(
+                f"{found} got no {numel} bytes that other ranks see: {error}; a group made with direct=False does without"
+            ) from error
         if stage is None:
-            stage = _Stage(self._group, self._device, _LEAST)
+            # what waits for other ranks gets the first multiprocessor that attention leaves
+            stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+            stage = _Stage(memory, stream)
             self.stages.append(stage)
-        stage.reserve(elements.largest_stage * dtype.itemsize)
+        stage.memory = memory
+        return stage
+
+    def open(self, group: dist.ProcessGroup, elements: Elements, like: torch.Tensor) -> Parcel:
+        """Return what is to be written and sent, of the type and on the device of a tensor."""
+        stage = self.reserve(group, like.device, elements.largest_stage * like.element_size())
         stage.open()
-        return Parcel(stage, elements, dtype)
+        return Parcel(stage, elements, like.dtype)
 
 
 class Parcel(Work):
