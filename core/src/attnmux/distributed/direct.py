@@ -2,8 +2,9 @@
 
 A kernel that sends and receives holds multiprocessors, also while it waits for a rank that is not as far; copy engines hold none.
 A rank writes what the others want to its stage, memory that they see: torch's symmetric memory, among ranks of one host whose GPUs
-reach each other. Once all have written, each copies; once all have copied, the stage is free. To say so takes a kernel of a few
-threads, which finds room beside those of attention, also where these stay for as long as it takes.
+reach each other. Once all have written, each copies, and before a stage is written again all meet once more. To meet takes a kernel
+of a few threads; they never do while a group of heads is attended to and nothing of theirs is due, for a kernel that waits there
+would keep a multiprocessor from attention that has a block for each.
 """
 
 from __future__ import annotations
@@ -135,14 +136,12 @@ class _Stage:
         memory: Of every rank.
         stream: None on a CPU, where everything happens at once.
         is_open: Whether an exchange is between being written and having arrived.
-        free: Since when the others have copied what was written last.
         captured: What captured graphs write to: a stage that grew is kept for them.
     """
 
     memory: SharedMemory
     stream: torch.cuda.Stream | None
     is_open: bool = False
-    free: torch.cuda.Event | None = None
     captured: list[SharedMemory] = field(default_factory=list)
 
     @property
@@ -151,15 +150,11 @@ class _Stage:
         return self.memory.of_rank[0].numel()
 
     def open(self) -> None:
-        """Let the current stream write."""
+        """Let the current stream write, once all have copied what was written before."""
         self.is_open = True
-        if is_capturing():
-            # what ran before the graph is not known when it is captured
-            self.memory.meet()
-            if not any(memory is self.memory for memory in self.captured):
-                self.captured.append(self.memory)
-        elif self.free is not None:
-            self.free.wait()
+        self.memory.meet()
+        if is_capturing() and not any(memory is self.memory for memory in self.captured):
+            self.captured.append(self.memory)
 
     def copying(self) -> AbstractContextManager[Any]:
         """Enter the stream that copies, after what the current one was given so far."""
@@ -245,20 +240,10 @@ class Parcel(Work):
             for sender in ((rank + step) % len(parts) for step in range(1, len(parts))):
                 start = elements.staged(sender)[rank]
                 parts[sender].copy_(self._memory_of(sender)[start : start + parts[sender].numel()])
-            copied = self._record()
-            stage.memory.meet()
-            free = self._record()
-        # a graph has to end where the stage is free, and only the graph knows when that is
-        stage.free, self._there = (stage.free, free) if is_capturing() else (free, copied)
+            if stage.stream is not None:
+                self._there = stage.stream.record_event()
         # its memory is not to be given away before it is filled
         self._received = received
-
-    def _record(self) -> torch.cuda.Event | None:
-        if self._stage.stream is None:
-            return None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        return event
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Let the current stream wait for what was received."""

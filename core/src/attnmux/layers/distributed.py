@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,11 +69,6 @@ def _groups_of(heads: HeadPlan | None, overlap: int) -> tuple[HeadPlan, ...]:
             f"overlap={overlap} groups of key heads and their queries, and no rank has more key heads than {most}"
         )
     return heads.groups(overlap)
-
-
-@cache
-def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class _SequenceParallel(AttentionLayer):
@@ -242,22 +235,12 @@ class _SequenceParallel(AttentionLayer):
         exchange = Exchange.of(
             self._head_groups, letters, near, self._inner.rank, near_settings, text=tail, trains=trains
         )
-        under_way = send_heads(exchange, [q, k, v, *extra.values()], list(text))
         attended, back = [], []
-        # the last blocks of a group's kernels leave multiprocessors to the next group, if that is on another stream
-        second = None
-        if q.is_cuda and len(under_way) > 1 and not torch.compiler.is_compiling():
-            second = _second_stream(q.device)
-            second.wait_stream(torch.cuda.current_stream(q.device))
-        for group, coming in enumerate(under_way):
-            with torch.cuda.stream(second) if second is not None and group % 2 else nullcontext():
-                own = arrived_heads(exchange, group, coming, q.shape[0], self.head_size)
-                impl = self._group_impls[group] if group < len(self._group_impls) else self.attn_impl
-                attended.append(self._attend_to_all(impl, own, list(extra), near.length, plan, metadata, far_settings))
-                back.append(send_shards(exchange, group, attended[-1]))
-        if second is not None:
-            # until here nothing that both read may be given away: `under_way` holds it
-            torch.cuda.current_stream(q.device).wait_stream(second)
+        for group, under_way in enumerate(send_heads(exchange, [q, k, v, *extra.values()], list(text))):
+            own = arrived_heads(exchange, group, under_way, q.shape[0], self.head_size)
+            impl = self._group_impls[group] if group < len(self._group_impls) else self.attn_impl
+            attended.append(self._attend_to_all(impl, own, list(extra), near.length, plan, metadata, far_settings))
+            back.append(send_shards(exchange, group, attended[-1]))
         shard, text_output = arrived_shards(exchange, back, attended)
         return shard, text_output if text else None
 
