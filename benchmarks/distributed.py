@@ -27,7 +27,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from distributed_table import FASTER
+from distributed_table import FASTER, plot
 from peers import diffusers_ulysses, fastvideo_ulysses
 from torch.profiler import ProfilerActivity, profile
 
@@ -460,24 +460,6 @@ def compute_from_shares(shares, shape, bandwidth):
         remark = {"remark": FASTER} if efficiency > 1 else {}
         rows.append({"gpus": ranks, **which, "efficiency": efficiency, "made_from": made_from, **remark})
     return rows
-
-
-def plot(found, path):
-    from matplotlib.figure import Figure
-
-    rows = [row for row in found["rows"] if row["gate"] == "green"]
-    figure = Figure(figsize=(7, 1.4 + 0.3 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    names = [f"{row['backend']} {row['strategy']} x{row['overlap']} {row['direction']}" for row in rows]
-    axes.barh(
-        names,
-        [100 * row["efficiency"] for row in rows],
-        color=["#b0b7bd" if row["peer"] else "#2a6f97" for row in rows],
-    )
-    axes.invert_yaxis()
-    axes.set_xlabel("efficiency, %")
-    figure.suptitle(f"{found['ranks']} ranks, {found['device']} (grey: other projects)", fontsize="medium")
-    figure.savefig(path, dpi=150)
 
 
 def shown(row):

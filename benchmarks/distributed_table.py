@@ -1,4 +1,4 @@
-"""Tables of what `distributed.py` wrote: efficiency over several GPUs, or one rank's share on one; and what is computed from it."""
+"""Tables, and a plot, of what `distributed.py` wrote: efficiency over several GPUs, or one rank's share on one; and what is computed from it."""
 
 import json
 import re
@@ -19,7 +19,8 @@ def measured_table(found):
     """Markdown: what ran on several GPUs, and what follows from it for more, marked as computed."""
     lines, above, drifted = [], False, False
     for row in found["rows"]:
-        cells = [row["backend"], row["strategy"], row["overlap"]]
+        direction = "" if row["direction"] == "forward" else f", {row['direction']}"
+        cells = [row["backend"], row["strategy"] + direction, row["overlap"]]
         if "efficiency" not in row:
             lines.append("| " + " | ".join(map(str, [*cells, "", "", row.get("refused", "")])) + " |\n")
             continue
@@ -88,3 +89,21 @@ def fill(text, results):
         return f"{found[1]}\n\n{made(record)}\n{found[3]}"
 
     return re.sub(r"(<!-- distributed: ([\w.-]+) -->).*?(<!-- /distributed -->)", replacement, text, flags=re.DOTALL)
+
+
+def plot(found, path):
+    from matplotlib.figure import Figure
+
+    rows = [row for row in found["rows"] if row["gate"] == "green"]
+    figure = Figure(figsize=(7, 1.4 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    names = [f"{row['backend']} {row['strategy']} x{row['overlap']} {row['direction']}" for row in rows]
+    axes.barh(
+        names,
+        [100 * row["efficiency"] for row in rows],
+        color=["#b0b7bd" if row["peer"] else "#2a6f97" for row in rows],
+    )
+    axes.invert_yaxis()
+    axes.set_xlabel("efficiency, %")
+    figure.suptitle(f"{found['ranks']} ranks, {found['device']} (grey: other projects)", fontsize="medium")
+    figure.savefig(path, dpi=150)
