@@ -48,7 +48,6 @@ SPARSITY = 0.9
 DRIFT = 0.02
 WARM_UP = 3
 DENSE = ("TORCH_SDPA", "FLASH_ATTN")
-# with groups of heads
 ULYSSES = (("ulysses", 1), ("ulysses", 2), ("ulysses", 4))
 STRATEGIES = (*ULYSSES, ("ring", 1), ("allgather_kv", 1))
 
@@ -550,9 +549,8 @@ def main():
     )
     rows = []
     for backend in arguments.backends:
-        for strategy, overlap in STRATEGIES if backend in DENSE else ULYSSES:
-            if strategy not in arguments.strategies:
-                continue
+        strategies = STRATEGIES if backend in DENSE else ULYSSES
+        for strategy, overlap in (pair for pair in strategies if pair[0] in arguments.strategies):
             for direction in ("forward", "forward + backward")[: 1 + arguments.train]:
                 rows.append(shown(measure_strategy(backend, strategy, overlap, shape, sp, arguments, direction)))
                 if sp.size == 1:
