@@ -23,15 +23,19 @@ FULL_TILE = 128
 
 
 @triton.jit
-def rows_of_tile(order_ptr, tile_ptr, unit, n_rows, TILE: tl.constexpr, FULL_TILE: tl.constexpr):
-    """Numbers of the rows of a program among the sorted pairs, which are rows at all, their raster positions, and their chunk.
+def chunk_of_tile(tile_ptr, unit, n_rows, TILE: tl.constexpr, FULL_TILE: tl.constexpr):
+    """The chunk of a program, which takes TILE of the FULL_TILE rows of a tile, and how many of them are rows at all."""
+    first = tl.program_id(0) * TILE
+    at = tile_ptr + (unit * (n_rows // FULL_TILE) + first // FULL_TILE) * 2
+    return tl.load(at), tl.load(at + 1) - first % FULL_TILE
 
-    A program takes TILE of the FULL_TILE rows of a tile.
-    """
+
+@triton.jit
+def rows_of_tile(order_ptr, unit, n_rows, n, TILE: tl.constexpr):
+    """Numbers of the rows of a program among the sorted pairs, which are rows at all, and their raster positions."""
     numbers = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    at = tile_ptr + (unit * (n_rows // FULL_TILE) + tl.program_id(0) * TILE // FULL_TILE) * 2
-    is_row = numbers % FULL_TILE < tl.load(at + 1)
-    return numbers, is_row, tl.load(order_ptr + unit * n_rows + numbers, mask=is_row, other=0), tl.load(at)
+    is_row = tl.arange(0, TILE) < n
+    return numbers, is_row, tl.load(order_ptr + unit * n_rows + numbers, mask=is_row, other=0)
 
 
 @triton.jit
@@ -110,9 +114,11 @@ def _vmoba_fwd_kernel(
     unit = (first_unit + tl.program_id(1)).to(tl.int64)
     batch = unit // n_units // n_heads
     head = unit // n_units % n_heads
-    numbers, is_row, raster, chunk = rows_of_tile(order_ptr, tile_ptr, unit, n_rows, TILE, FULL_TILE)
-    if tl.max(is_row.to(tl.int32), 0) == 0:
+    # by one number, before anything is loaded for rows: often most programs of a launch have none
+    chunk, n = chunk_of_tile(tile_ptr, unit, n_rows, TILE, FULL_TILE)
+    if n <= 0:
         return
+    numbers, is_row, raster = rows_of_tile(order_ptr, unit, n_rows, n, TILE)
     q = load_rows(q_ptr + batch * stride_q_b + head * stride_q_h, raster, is_row, stride_q_s, D, D_PAD)
     if NEGATE:
         q = -q

@@ -16,6 +16,7 @@ from attnmux_vmoba.kernels.attend import (
     FULL_TILE,
     LOG2_E,
     chunk_constants,
+    chunk_of_tile,
     is_member,
     key_rows,
     keys_of_step,
@@ -184,9 +185,10 @@ def _vmoba_bwd_dq_kernel(
     bh = unit // n_units
     batch = bh // n_heads
     head = bh % n_heads
-    numbers, is_row, raster, chunk = rows_of_tile(order_ptr, tile_ptr, unit, n_rows, TILE, FULL_TILE)
-    if tl.max(is_row.to(tl.int32), 0) == 0:
+    chunk, n = chunk_of_tile(tile_ptr, unit, n_rows, TILE, FULL_TILE)
+    if n <= 0:
         return
+    numbers, is_row, raster = rows_of_tile(order_ptr, unit, n_rows, n, TILE)
     q = load_rows(q_ptr + batch * stride_q_b + head * stride_q_h, raster, is_row, stride_q_s, D, D_PAD)
     do = load_rows(do_ptr + batch * stride_do_b + head * stride_do_h, raster, is_row, stride_do_s, D, D_PAD)
     lse2 = tl.load(lse2_ptr + bh * length + raster, mask=is_row, other=float("inf"))

@@ -39,16 +39,16 @@ def _vmoba_pool_kernel(
     bh = tl.program_id(1).to(tl.int64)
     k_ptr += (bh // n_heads) * stride_b + (bh % n_heads) * stride_h
     end = tl.minimum(chunk_tokens, length - chunk * chunk_tokens)
-    acc = tl.zeros([D_PAD], tl.float32)
+    acc = tl.zeros([ROWS, D_PAD], tl.float32)
     for start in range(piece * PIECE, tl.minimum((piece + 1) * PIECE, end), ROWS):
         place = start + tl.arange(0, ROWS)
         rows = raster_of(chunk, place, n_h, n_w, box_t, box_h, box_w, grid_h, grid_w)
         if bh == 0:
             tl.store(raster_ptr + chunk * chunk_tokens + place, rows, mask=place < end)
-        acc += tl.sum(load_rows(k_ptr, rows, place < end, stride_s, D, D_PAD).to(tl.float32), 0)
+        acc += load_rows(k_ptr, rows, place < end, stride_s, D, D_PAD).to(tl.float32)
     offs_d = tl.arange(0, D_PAD)
     at = (bh * tl.num_programs(0) + tl.program_id(0)) * D
-    tl.store(sum_ptr + at + offs_d, acc, mask=offs_d < D)
+    tl.store(sum_ptr + at + offs_d, tl.sum(acc, 0), mask=offs_d < D)
 
 
 @triton.jit(do_not_specialize=["n_pieces", "n_chunks", "chunk_tokens", "length"])
