@@ -74,9 +74,9 @@ def _vmoba_mean_kernel(
 @triton.jit
 def _ranked(gates):
     """int32 keys in the order of the float32 gates: -0 equals 0, NaN is above infinity, and the least int32 is free."""
-    bits = tl.where(gates == 0.0, 0.0, gates).to(tl.int32, bitcast=True)
-    keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(gates != gates, 0x7FFFFFFE, keys)
+    # the sum makes +0 of -0
+    bits = (gates + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(gates != gates, 0x7FFFFFFE, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
 @triton.jit
@@ -164,23 +164,25 @@ def _vmoba_select_kernel(
     if BY_SHARE:
         kept = is_own | _within_share(gates, is_own, is_valid, cols, threshold, KEEPS_ONE, ROWS, COLS)
     else:
+        # the own chunk is above all others, what is no chunk below them: no masks are kept
         least: tl.constexpr = -0x80000000
-        keys = tl.where(is_valid & (is_own == 0), _ranked(gates), least)
+        keys = tl.where(is_own, 0x7FFFFFFF, tl.where(is_valid, _ranked(gates), least))
         # The least of the best, by values alone: that is the whole choice unless gates are equal, and half the work.
         last = tl.full([ROWS], 0x7FFFFFFF, tl.int32)
         for _ in range(1, topk):
             last = tl.max(tl.where(keys < last[:, None], keys, least), 1)
-        kept = (keys >= last[:, None]) & (keys > least)
-        if tl.max(tl.abs(tl.sum(kept.to(tl.int32), 1) - (topk - 1)), 0) > 0:
-            for _ in range(1, topk):
+        kept = keys >= last[:, None]
+        if tl.max(tl.where(is_token, tl.abs(tl.sum(kept.to(tl.int32), 1) - topk), 0), 0) > 0:
+            for _ in range(topk):
                 keys = tl.where(_take_best(keys, cols, ROWS, COLS), least, keys)
-            # the own chunk had the least key from the start, and no gate has it
-            kept = is_valid & (is_own == 0) & (keys == least)
-        kept = kept | is_own
+            # no gate has the least key
+            kept = (cols < n_chunks)[None, :] & (keys == least)
     bits = kept.to(tl.int32) << (cols % 32)[None, :]
-    for word in range(n_words):
-        value = tl.sum(tl.where((cols // 32 == word)[None, :], bits, 0), 1)
-        tl.store(word_ptr + (bh * n_words + word) * length + token, value, mask=is_token)
+    # static: which columns make a word is then known when it is compiled
+    for word in tl.static_range((COLS + 31) // 32):
+        if word < n_words:
+            value = tl.sum(tl.where((cols // 32 == word)[None, :], bits, 0), 1)
+            tl.store(word_ptr + (bh * n_words + word) * length + token, value, mask=is_token)
 
 
 def mean_keys(k, chunks):
