@@ -203,7 +203,7 @@ def _indexed_forward(q, k, v, words, chunks, topk, softmax_scale):
     budget = _budget(q, k, FORWARD_SHARE * 2)
     row_bytes = D * q.element_size() + 4
     pairs, per_slice = _plan(q, words, chunks, topk, row_bytes, budget, FORWARD_WASTE, orders_walked=False)
-    tiles, configs = sort.describe_tiles(pairs), attend_configs(triton.next_power_of_2(D))
+    tiles, configs = sort.describe_tiles(pairs), attend_configs(triton.next_power_of_2(D), chunks.chunk_tokens)
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     lse = torch.empty(B, heads, S, device=q.device, dtype=torch.float32)
     attend.launch_walk(q, k, v, words, pairs, out, lse, chunks, softmax_scale=softmax_scale, config=configs.walk)
@@ -276,7 +276,7 @@ def _indexed_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scal
     budget = _budget(q, k, BACKWARD_SHARE * 4)
     row_bytes = D * q.element_size()
     pairs, per_slice = _plan(q, words, chunks, topk, row_bytes, budget, BACKWARD_WASTE, orders_walked=True)
-    tiles, configs = sort.describe_tiles(pairs), attend_configs(triton.next_power_of_2(D))
+    tiles, configs = sort.describe_tiles(pairs), attend_configs(triton.next_power_of_2(D), chunks.chunk_tokens)
     stats = differentiate.launch_stats(out, dout, lse, pairs)
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
     differentiate.launch_dkdv(
@@ -327,7 +327,7 @@ def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_sca
         if not keys.in_place:
             copy.from_chunks(launches, dk_, dv_, dk[b, :, kh], dv[b, :, kh], chunks, keys.padded)
     if may_overflow(chunks, topk):
-        configs = attend_configs(triton.next_power_of_2(D))
+        configs = attend_configs(triton.next_power_of_2(D), chunks.chunk_tokens)
         stats = differentiate.launch_stats(out, dout, lse, pairs)
         differentiate.launch_dkdv(
             q, k, v, dout, stats, words, pairs, dk, dv, chunks,
