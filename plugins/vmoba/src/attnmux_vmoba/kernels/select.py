@@ -1,6 +1,6 @@
 """The choice of chunks by every query of every head, without a tensor of gates.
 
-pool     sums of the keys of every chunk, piece by piece
+pool     sums of the keys of every chunk, piece by piece; of a single piece the mean
 select   gates of a tile of queries against all mean keys, in registers; the choice goes out as bits
 
 Gates are as exact as float32 products: a mean is split in three terms of the type of q, 24 bits in bfloat16 and 33 in float16,
@@ -28,11 +28,23 @@ PIECE = 512
 TERMS = 3
 
 
+@triton.jit
+def _store_mean(term_ptr, mean, bh, chunk, n_chunks, TERMS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Write the mean key [D_PAD] of a chunk as a sum of terms."""
+    offs_d = tl.arange(0, D_PAD)
+    for term in tl.static_range(TERMS):
+        part = mean.to(term_ptr.dtype.element_ty)
+        tl.store(term_ptr + ((bh * TERMS + term) * n_chunks + chunk) * D + offs_d, part, mask=offs_d < D)
+        # what is infinite or NaN has no rest
+        rest = mean - part.to(tl.float32)
+        mean = tl.where(rest == rest, rest, 0.0)
+
+
 @triton.jit(do_not_specialize=["n_heads", "n_pieces", *GEOMETRY])
 def _vmoba_pool_kernel(
-    k_ptr, sum_ptr, raster_ptr, stride_b, stride_s, stride_h, n_heads, n_pieces,
+    k_ptr, sum_ptr, term_ptr, raster_ptr, stride_b, stride_s, stride_h, n_heads, n_pieces,
     n_h, n_w, box_t, box_h, box_w, grid_h, grid_w, chunk_tokens, length,
-    PIECE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    PIECE: tl.constexpr, ROWS: tl.constexpr, TERMS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
 ):
     chunk = tl.program_id(0) // n_pieces
     piece = tl.program_id(0) % n_pieces
@@ -46,9 +58,13 @@ def _vmoba_pool_kernel(
         if bh == 0:
             tl.store(raster_ptr + chunk * chunk_tokens + place, rows, mask=place < end)
         acc += load_rows(k_ptr, rows, place < end, stride_s, D, D_PAD).to(tl.float32)
-    offs_d = tl.arange(0, D_PAD)
-    at = (bh * tl.num_programs(0) + tl.program_id(0)) * D
-    tl.store(sum_ptr + at + offs_d, tl.sum(acc, 0), mask=offs_d < D)
+    total = tl.sum(acc, 0)
+    if n_pieces == 1:
+        _store_mean(term_ptr, total / end.to(tl.float32), bh, chunk, tl.num_programs(0), TERMS, D, D_PAD)
+    else:
+        offs_d = tl.arange(0, D_PAD)
+        at = (bh * tl.num_programs(0) + tl.program_id(0)) * D
+        tl.store(sum_ptr + at + offs_d, total, mask=offs_d < D)
 
 
 @triton.jit(do_not_specialize=["n_pieces", "n_chunks", "chunk_tokens", "length"])
@@ -63,12 +79,7 @@ def _vmoba_mean_kernel(
         at = ((bh * n_chunks + chunk) * n_pieces + piece) * D
         mean += tl.load(sum_ptr + at + offs_d, mask=offs_d < D, other=0.0)
     mean /= tl.minimum(chunk_tokens, length - chunk * chunk_tokens).to(tl.float32)
-    for term in tl.static_range(TERMS):
-        part = mean.to(term_ptr.dtype.element_ty)
-        tl.store(term_ptr + ((bh * TERMS + term) * n_chunks + chunk) * D + offs_d, part, mask=offs_d < D)
-        # what is infinite or NaN has no rest
-        rest = mean - part.to(tl.float32)
-        mean = tl.where(rest == rest, rest, 0.0)
+    _store_mean(term_ptr, mean, bh, chunk, n_chunks, TERMS, D, D_PAD)
 
 
 @triton.jit
@@ -194,13 +205,14 @@ def mean_keys(k, chunks):
     tokens, C = chunks.chunk_tokens, chunks.num_chunks
     pieces = triton.cdiv(tokens, PIECE)
     sums = torch.empty(B, heads, C, pieces, D, device=k.device, dtype=torch.float32)
-    raster = torch.empty(S, device=k.device, dtype=torch.int32)
-    _vmoba_pool_kernel[(C * pieces, B * heads)](
-        k, sums, raster, *k.stride()[:3], heads, pieces, *geometry_arguments(chunks),
-        PIECE=PIECE, ROWS=32, D=D, D_PAD=triton.next_power_of_2(D), num_warps=4)
     terms = torch.empty(B, heads, TERMS, C, D, device=k.device, dtype=k.dtype)
-    _vmoba_mean_kernel[(C, B * heads)](
-        sums, terms, pieces, C, tokens, S, TERMS=TERMS, D=D, D_PAD=triton.next_power_of_2(D), num_warps=1)
+    raster = torch.empty(S, device=k.device, dtype=torch.int32)
+    constants = {"TERMS": TERMS, "D": D, "D_PAD": triton.next_power_of_2(D)}
+    _vmoba_pool_kernel[(C * pieces, B * heads)](
+        k, sums, terms, raster, *k.stride()[:3], heads, pieces, *geometry_arguments(chunks),
+        PIECE=PIECE, ROWS=32, **constants, num_warps=4)
+    if pieces > 1:
+        _vmoba_mean_kernel[(C, B * heads)](sums, terms, pieces, C, tokens, S, **constants, num_warps=1)
     return terms, raster
 
 
