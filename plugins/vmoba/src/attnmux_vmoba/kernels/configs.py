@@ -26,14 +26,15 @@ def select_config(cols: int) -> SelectConfig:
 class AttendConfig:
     """Attention of the rows of sorted pairs.
 
-    rows: of a program, a divisor of 128. keys: per step. warps: of the kernel. stages: steps whose rows are in shared memory at
-    once.
+    rows: of a tile, a divisor of 128. keys: per step. warps: of the kernel. stages: steps whose rows are in shared memory at
+    once. tiles: that a program takes where all that there is room for are in use.
     """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    tiles: int = 4
 
 
 @dataclass(frozen=True)

@@ -266,7 +266,7 @@ def _vmoba_transpose_kernel(
 
 @triton.jit(do_not_specialize=["n_tiles", "n_chunks"])
 def _vmoba_tiles_kernel(
-    start_ptr, size_ptr, tile_ptr, n_tiles, n_chunks, TILES: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr,
+    start_ptr, size_ptr, tile_ptr, used_ptr, n_tiles, n_chunks, TILES: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr,
 ):
     unit = tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, COLS)
@@ -280,6 +280,9 @@ def _vmoba_tiles_kernel(
     is_tile = tile < n_tiles
     tl.store(tile_ptr + (unit * n_tiles + tile) * 2, chunk, mask=is_tile)
     tl.store(tile_ptr + (unit * n_tiles + tile) * 2 + 1, rows, mask=is_tile)
+    if tl.program_id(0) == 0:
+        sizes = tl.load(size_ptr + unit * n_chunks + cols, mask=cols < n_chunks, other=0)
+        tl.store(used_ptr + unit, tl.max(tl.where(sizes > 0, (starts + sizes + TILE - 1) // TILE, 0), 0))
 
 
 @triton.jit(do_not_specialize=["n_chunks"])
@@ -337,14 +340,15 @@ def sort_pairs(words, chunks, kept: int, units: int = 1, most_waste: float = 0.0
 
 
 def describe_tiles(pairs: SortedPairs):
-    """Chunk and number of rows of every tile, int32 [B, H, U, tiles, 2]; no rows after the last tile."""
+    """Chunk and number of rows of every tile, int32 [B, H, U, tiles, 2], and tiles up to the last with rows, int32 [B, H, U]."""
     B, heads, units, C = pairs.starts.shape
     table = torch.empty(B, heads, units, pairs.tiles, 2, device=pairs.starts.device, dtype=torch.int32)
+    used = torch.empty_like(pairs.placed)
     cols = max(16, triton.next_power_of_2(C))
     tiles = max(1, min(64, 4096 // cols))
     _vmoba_tiles_kernel[(triton.cdiv(pairs.tiles, tiles), pairs.units)](
-        pairs.starts, pairs.sizes[0], table, pairs.tiles, C, TILES=tiles, COLS=cols, TILE=TILE, num_warps=4)
-    return table
+        pairs.starts, pairs.sizes[0], table, used, pairs.tiles, C, TILES=tiles, COLS=cols, TILE=TILE, num_warps=4)
+    return table, used
 
 
 def rank_chunks(pairs: SortedPairs):
