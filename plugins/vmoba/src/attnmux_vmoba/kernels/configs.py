@@ -13,8 +13,9 @@ class SelectConfig:
 
 
 def select_config(cols: int) -> SelectConfig:
-    """The table row for a number of chunks, rounded up to a power of two, 16 to 512; chosen by registers, not measured."""
-    # four warps of 16 rows each: a row's best is then found within a warp, without shared memory
+    """The table row for a number of chunks, rounded up to a power of two, 16 to 512; above 128 not measured."""
+    # Warps of 16 rows: a row's best is then found within a warp, without shared memory. H100, 30,720 tokens, 12 heads, 80 chunks,
+    # top-k 8, with the means: 0.28 ms (128 rows and 8 warps 0.29, those with steps of 64 channels 0.34).
     if cols <= 128:
         return SelectConfig(64, 128, 4)
     if cols == 256:

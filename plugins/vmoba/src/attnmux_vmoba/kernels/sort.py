@@ -187,9 +187,9 @@ def _vmoba_place_kernel(
     n_walks = 0
     n_before = 0
     # a range without room is nowhere in the order
-    is_ordered = token < tl.where(local < tl.load(placed_ptr + unit), length, 0)
+    has_rows = local < tl.load(placed_ptr + unit)
     if not ORDERS_WALKED:
-        is_ordered = is_tiled
+        has_rows = has_rows & (is_walked == 0)
     for word in range(n_words):
         members = _members(word_ptr + (bh * n_words + word) * length, token, token < length)
         cols = word * 32 + tl.arange(0, 32)
@@ -205,11 +205,12 @@ def _vmoba_place_kernel(
             in_union = (tl.sum(members, 0) > 0).to(tl.int32)
             tl.store(walked_ptr + n_walks + tl.cumsum(in_union, 0) - in_union, cols, mask=in_union > 0)
             n_walks += tl.sum(in_union, 0)
-        rows = start[None, :] + tl.cumsum(members, 0) - members
-        tl.store(order_ptr + rows, tl.broadcast_to(raster[:, None], [TILE, 32]), mask=(members > 0) & is_ordered[:, None])
-        slots = slot[:, None] + tl.cumsum(members, 1) - members
-        tl.store(row_ptr + slots, rows, mask=(members > 0) & is_tiled[:, None])
-        slot += tl.sum(members, 1)
+        if has_rows:
+            rows = start[None, :] + tl.cumsum(members, 0) - members
+            tl.store(order_ptr + rows, tl.broadcast_to(raster[:, None], [TILE, 32]), mask=members > 0)
+            slots = slot[:, None] + tl.cumsum(members, 1) - members
+            tl.store(row_ptr + slots, rows, mask=(members > 0) & is_tiled[:, None])
+            slot += tl.sum(members, 1)
 
 
 @triton.jit(do_not_specialize=["n_tiles", "n_chunks", "chunk_blocks", "last_blocks", "width"])
@@ -335,7 +336,7 @@ def sort_pairs(words, chunks, kept: int, units: int = 1, most_waste: float = 0.0
         words, counts, pairs.walks, begins, *pairs.sizes.unbind(0), pairs.placed,
         pairs.starts, pairs.firsts, pairs.rows, pairs.order, pairs.walked, pairs.raster,
         n_words, units, C, tiles * TILE, capacity, *geometry_arguments(chunks),
-        ORDERS_WALKED=orders_walked, TILE=TILE, num_warps=4)
+        ORDERS_WALKED=orders_walked, TILE=TILE, num_warps=8)
     return pairs
 
 
