@@ -223,8 +223,7 @@ def _gathered_forward(q, k, v, words, chunks, topk, softmax_scale, engine=None):
     B, S, heads, D = q.shape
     keys = _Keys(chunks)
     pairs = sort.sort_pairs(words, chunks, topk or chunks.num_chunks)
-    lists, counts = sort.tile_lists(pairs, keys.chunk_blocks, keys.last_blocks)
-    lengths = keys.lengths(q.device)
+    lengths, lists = keys.lengths(q.device), ()
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     lse = torch.empty(B, heads, S, device=q.device, dtype=torch.float32)
     n_rows, group = pairs.tiles * sort.TILE, heads // k.shape[2]
@@ -239,7 +238,9 @@ def _gathered_forward(q, k, v, words, chunks, topk, softmax_scale, engine=None):
         k_, v_ = keys.arrange(launches, k[b, :, kh], v[b, :, kh], *key_buffers)
         parts = part_buffer[: qh.stop - qh.start]
         copy.gather_queries(launches, q, pairs, b * heads + qh.start, parts)
-        index = _index(keys, lists, counts, lengths, b, qh)
+        # only now: while the device copies, the host has time for them
+        lists = lists or sort.tile_lists(pairs, keys.chunk_blocks, keys.last_blocks)
+        index = _index(keys, *lists, lengths, b, qh)
         engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
         part_lse = run_operator(parts, k_, v_, index, softmax_scale, engine)
         copy.merge_parts(launches, parts, part_lse, pairs, b * heads + qh.start, out, lse)
@@ -298,9 +299,7 @@ def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_sca
     heads, D = q.shape[2:]
     keys = _Keys(chunks)
     pairs = sort.sort_pairs(words, chunks, room(chunks, topk))
-    lists, counts = sort.tile_lists(pairs, keys.chunk_blocks, keys.last_blocks)
-    transposed = sort.transposed_lists(pairs, keys.chunk_blocks, keys.last_blocks)
-    lengths = keys.lengths(q.device)
+    lengths, lists, transposed = keys.lengths(q.device), (), None
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
     n_rows, group = pairs.tiles * sort.TILE, heads // k.shape[2]
     row_bytes = D * q.element_size()
@@ -318,7 +317,10 @@ def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_sca
             dk_, dv_ = dk_buffer[:, : dk_.shape[1]], dv_buffer[:, : dk_.shape[1]]
         (parts, do), stats = part_buffers[:, : qh.stop - qh.start], stat_buffers[:, : qh.stop - qh.start]
         copy.gather_for_backward(launches, q, dout, out, lse, pairs, b * heads + qh.start, parts, do, stats)
-        index = _index(keys, lists, counts, lengths, b, qh, transposed)
+        # after the copies, as in the forward
+        lists = lists or sort.tile_lists(pairs, keys.chunk_blocks, keys.last_blocks)
+        transposed = transposed or sort.transposed_lists(pairs, keys.chunk_blocks, keys.last_blocks)
+        index = _index(keys, *lists, lengths, b, qh, transposed)
         engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
         differentiate_operator(
             parts, do, stats[0], stats[1], k_, v_, dk_[None], dv_[None], index, softmax_scale, engine
