@@ -125,11 +125,9 @@ class _Keys:
         return (tokens - place).clamp(0, self.block).to(torch.int32)[None]
 
 
-def _index(keys: _Keys, lists, counts, lengths, b: int, heads: slice, transposed=None) -> IndexTensors:
-    parts = () if transposed is None else tuple(x[b : b + 1, heads] for x in transposed)
-    return IndexTensors(
-        lists[b : b + 1, heads], counts[b : b + 1, heads], sort.TILE, keys.block, None, lengths, True, True, *parts
-    )
+def _index(keys: _Keys, lists, lengths, b: int, heads: slice, transposed=None) -> IndexTensors:
+    blocks, counts, *parts = (x[b : b + 1, heads] for x in (*lists, *(transposed or ())))
+    return IndexTensors(blocks, counts, sort.TILE, keys.block, None, lengths, True, True, *parts)
 
 
 def attention_forward(q, k, v, words, chunks, topk: int, softmax_scale: float):
@@ -223,7 +221,7 @@ def _gathered_forward(q, k, v, words, chunks, topk, softmax_scale, engine=None):
     B, S, heads, D = q.shape
     keys = _Keys(chunks)
     pairs = sort.sort_pairs(words, chunks, topk or chunks.num_chunks)
-    lengths, lists = keys.lengths(q.device), ()
+    lengths, lists = keys.lengths(q.device), None
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     lse = torch.empty(B, heads, S, device=q.device, dtype=torch.float32)
     n_rows, group = pairs.tiles * sort.TILE, heads // k.shape[2]
@@ -240,7 +238,7 @@ def _gathered_forward(q, k, v, words, chunks, topk, softmax_scale, engine=None):
         copy.gather_queries(launches, q, pairs, b * heads + qh.start, parts)
         # only now: while the device copies, the host has time for them
         lists = lists or sort.tile_lists(pairs, keys.chunk_blocks, keys.last_blocks)
-        index = _index(keys, *lists, lengths, b, qh)
+        index = _index(keys, lists, lengths, b, qh)
         engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
         part_lse = run_operator(parts, k_, v_, index, softmax_scale, engine)
         copy.merge_parts(launches, parts, part_lse, pairs, b * heads + qh.start, out, lse)
@@ -299,7 +297,7 @@ def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_sca
     heads, D = q.shape[2:]
     keys = _Keys(chunks)
     pairs = sort.sort_pairs(words, chunks, room(chunks, topk))
-    lengths, lists, transposed = keys.lengths(q.device), (), None
+    lengths, lists, transposed = keys.lengths(q.device), None, None
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
     n_rows, group = pairs.tiles * sort.TILE, heads // k.shape[2]
     row_bytes = D * q.element_size()
@@ -320,7 +318,7 @@ def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_sca
         # after the copies, as in the forward
         lists = lists or sort.tile_lists(pairs, keys.chunk_blocks, keys.last_blocks)
         transposed = transposed or sort.transposed_lists(pairs, keys.chunk_blocks, keys.last_blocks)
-        index = _index(keys, *lists, lengths, b, qh, transposed)
+        index = _index(keys, lists, lengths, b, qh, transposed)
         engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
         differentiate_operator(
             parts, do, stats[0], stats[1], k_, v_, dk_[None], dv_[None], index, softmax_scale, engine
