@@ -161,13 +161,13 @@ def main():
     parser.add_argument("output")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="a tiny video and few runs")
-    parser.add_argument("--limit", type=float, default=75.0, help="seconds after which no entry is begun")
+    parser.add_argument("--limit", type=float, default=100.0, help="seconds after which no entry is begun")
     arguments = parser.parse_args()
     started = time.monotonic()
     device = torch.device(arguments.device)
     grid = QUICK_GRID if arguments.quick else GRID
     length = math.prod(grid)
-    budget_s = 0.02 if arguments.quick else 0.25
+    budget_s = 0.02 if arguments.quick else 0.5
     clock = make_clock(device)
     environment = describe_environment(device, commit=os.environ.get("COMMIT"))
     base = Case(name="dense", S_q=length)

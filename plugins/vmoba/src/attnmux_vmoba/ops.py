@@ -58,7 +58,8 @@ def moba_attention(
         UnsupportedRequestError: Shapes, dtypes, devices, geometry or numbers that do not fit, or an engine that cannot serve.
 
     Numerics:
-        Means, gates, scores, softmax and sums in float32 (float64 for float64 inputs). The choice carries no gradient.
+        Means, gates, scores, softmax and sums in float32 (float64 for float32 and float64 inputs). The choice carries no
+        gradient.
 
     Source:
         VMoBA, arXiv 2506.23858. `reference.choose_chunks` has the rules, the README what differs from the published code.

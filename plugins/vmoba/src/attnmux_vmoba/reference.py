@@ -1,4 +1,4 @@
-"""Video Mixture-of-Block Attention by its definition, in plain PyTorch, on any device, in float64 if the inputs are.
+"""Video Mixture-of-Block Attention by its definition, in plain PyTorch, on any device.
 
 Per sample and head, with the tokens in chunk order, k'_c the mean of the keys of chunk c and C chunks:
 
@@ -6,7 +6,8 @@ Per sample and head, with the tokens in chunk order, k'_c the mean of the keys o
     kept(s)     = the chunk of s itself, and those that the choice adds (`choose_chunks`)
     out_s       = sum_j softmax_j(scale * q_s . k_j) v_j             over the tokens j of the chunks kept(s)
 
-The choice carries no gradient.
+The choice carries no gradient. Half types compute in float32, float32 and float64 in float64: in float32, scores in the hundreds
+are off by 1e-4, and so is then the weight of every key.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attnmux_blocksparse.prepare import compute_dtype
 from attnmux_vmoba.prepare import (
     ChunkGrid,
     Selection,
@@ -35,6 +35,11 @@ __all__ = ["attention_backward", "attention_forward", "choose_chunks", "compute_
 _EPS = 1e-6
 # queries whose scores are in memory at once
 _ROWS = 2048
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type of means, gates, scores, softmax, log-sum-exps and sums for inputs of `dtype`."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else torch.float64
 
 
 def _heads_first(x: torch.Tensor, chunks: ChunkGrid, heads: int) -> torch.Tensor:
@@ -153,8 +158,8 @@ def attention_forward(
         scale: Factor on the scores.
 
     Returns:
-        out `[B, S, H, D]` in raster order and the dtype of q, and lse `[B, H, S]` in chunk order, natural log, in float32
-        (float64 for float64 inputs).
+        out `[B, S, H, D]` in raster order and the dtype of q, and lse `[B, H, S]` in chunk order, natural log, in the
+        compute dtype.
     """
     queries, keys, values = (_heads_first(x, chunks, q.shape[2]) for x in (q, k, v))
     peak = torch.full(queries.shape[:3], float("-inf"), dtype=queries.dtype, device=q.device)

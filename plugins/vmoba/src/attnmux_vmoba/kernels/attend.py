@@ -23,15 +23,12 @@ FULL_TILE = 128
 
 
 @triton.jit
-def rows_of_tile(order_ptr, tile_ptr, unit, n_rows, TILE: tl.constexpr, FULL_TILE: tl.constexpr):
-    """Numbers of the rows of a program among the sorted pairs, which are rows at all, their raster positions, and their chunk.
-
-    A program takes TILE of the FULL_TILE rows of a tile.
-    """
-    numbers = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    at = tile_ptr + (unit * (n_rows // FULL_TILE) + tl.program_id(0) * TILE // FULL_TILE) * 2
-    is_row = numbers % FULL_TILE < tl.load(at + 1)
-    return numbers, is_row, tl.load(order_ptr + unit * n_rows + numbers, mask=is_row, other=0), tl.load(at)
+def rows_of_tile(order_ptr, tile_ptr, at, TILE: tl.constexpr, FULL_TILE: tl.constexpr):
+    """Chunk of TILE sorted pairs, the at-th of all units, how many of them are rows at all, which, and their raster positions."""
+    full = tile_ptr + at * TILE // FULL_TILE * 2
+    n = tl.load(full + 1) - at * TILE % FULL_TILE
+    is_row = tl.arange(0, TILE) < n
+    return tl.load(full), n, is_row, tl.load(order_ptr + at * TILE + tl.arange(0, TILE), mask=is_row, other=0)
 
 
 @triton.jit
@@ -101,7 +98,7 @@ def _add_keys(
 
 @triton.jit(do_not_specialize=["first_unit", "n_units", "n_heads", "n_rows", "chunk_tokens", "length"])
 def _vmoba_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, order_ptr, tile_ptr, raster_ptr,
+    q_ptr, k_ptr, v_ptr, part_ptr, part_lse_ptr, order_ptr, tile_ptr, used_ptr, raster_ptr,
     stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     first_unit, n_units, n_heads, n_rows, chunk_tokens, length, scale_log2,
     GROUP: tl.constexpr, NEGATE: tl.constexpr, IS_RUN: tl.constexpr, MASK_K: tl.constexpr, TILE: tl.constexpr,
@@ -110,29 +107,31 @@ def _vmoba_fwd_kernel(
     unit = (first_unit + tl.program_id(1)).to(tl.int64)
     batch = unit // n_units // n_heads
     head = unit // n_units % n_heads
-    numbers, is_row, raster, chunk = rows_of_tile(order_ptr, tile_ptr, unit, n_rows, TILE, FULL_TILE)
-    if tl.max(is_row.to(tl.int32), 0) == 0:
-        return
-    q = load_rows(q_ptr + batch * stride_q_b + head * stride_q_h, raster, is_row, stride_q_s, D, D_PAD)
-    if NEGATE:
-        q = -q
+    q_ptr += batch * stride_q_b + head * stride_q_h
     k_ptr += batch * stride_k_b + head // GROUP * stride_k_h
     v_ptr += batch * stride_v_b + head // GROUP * stride_v_h
-    # A finite start keeps exp2(masked - maximum) at 0 where a whole step is masked; -inf - -inf would be NaN.
-    m = tl.full([TILE], -1e30, tl.float32)
-    l = tl.zeros([TILE], tl.float32)
-    acc = tl.zeros([TILE, D_PAD], tl.float32)
-    first = chunk * chunk_tokens
-    n_keys = tl.minimum(chunk_tokens, length - first)
-    for start in tl.range(0, n_keys, BLOCK, num_stages=STAGES):
-        keys, is_key = key_rows(raster_ptr, first, start, n_keys, IS_RUN, MASK_K, BLOCK)
-        k = load_keys(k_ptr, keys, is_key, stride_k_s, MASK_K, D, D_PAD, WIDE)
-        acc, m, l = _add_keys(
-            acc, m, l, tl.dot(q, k.T), is_row, v_ptr, keys, is_key, stride_v_s, scale_log2, False, MASK_K, D, D_PAD, WIDE)
     part_ptr += tl.program_id(1).to(tl.int64) * n_rows * D
     part_lse_ptr += tl.program_id(1).to(tl.int64) * n_rows
-    store_rows(part_ptr, acc / l[:, None], numbers, is_row, D, D, D_PAD)
-    tl.store(part_lse_ptr + numbers, (m + tl.log2(l)) * 0.6931471805599453, mask=is_row)
+    for tile in range(tl.program_id(0), tl.load(used_ptr + unit) * (FULL_TILE // TILE), tl.num_programs(0)):
+        chunk, n, is_row, raster = rows_of_tile(order_ptr, tile_ptr, unit * (n_rows // TILE) + tile, TILE, FULL_TILE)
+        if n > 0:
+            q = load_rows(q_ptr, raster, is_row, stride_q_s, D, D_PAD)
+            if NEGATE:
+                q = -q
+            # A finite start keeps exp2(masked - maximum) at 0 where a whole step is masked; -inf - -inf would be NaN.
+            m = tl.full([TILE], -1e30, tl.float32)
+            l = tl.zeros([TILE], tl.float32)
+            acc = tl.zeros([TILE, D_PAD], tl.float32)
+            first = chunk * chunk_tokens
+            n_keys = tl.minimum(chunk_tokens, length - first)
+            for start in tl.range(0, n_keys, BLOCK, num_stages=STAGES):
+                keys, is_key = key_rows(raster_ptr, first, start, n_keys, IS_RUN, MASK_K, BLOCK)
+                k = load_keys(k_ptr, keys, is_key, stride_k_s, MASK_K, D, D_PAD, WIDE)
+                acc, m, l = _add_keys(
+                    acc, m, l, tl.dot(q, k.T), is_row, v_ptr, keys, is_key, stride_v_s, scale_log2, False, MASK_K, D, D_PAD, WIDE)
+            numbers = tile * TILE + tl.arange(0, TILE)
+            store_rows(part_ptr, acc / l[:, None], numbers, is_row, D, D, D_PAD)
+            tl.store(part_lse_ptr + numbers, (m + tl.log2(l)) * 0.6931471805599453, mask=is_row)
 
 
 @triton.jit(do_not_specialize=["n_heads", "n_ranges", "n_chunks", "n_words", "chunk_blocks", "chunk_tokens",
@@ -185,8 +184,8 @@ def launch_parts(
     heads = q.shape[2]
     n_units, n_rows = parts.shape[:2]
     launch(
-        launches, _vmoba_fwd_kernel, (n_rows // config.rows, n_units, 1),
-        q, k, v, parts, part_lse, pairs.order, tiles, pairs.raster, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        launches, _vmoba_fwd_kernel, (triton.cdiv(n_rows // config.rows, config.tiles), n_units, 1),
+        q, k, v, parts, part_lse, pairs.order, *tiles, pairs.raster, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         first_unit, pairs.per_head, heads, n_rows, chunks.chunk_tokens, chunks.length, abs(softmax_scale) * LOG2_E,
         GROUP=heads // k.shape[2], NEGATE=softmax_scale < 0, **chunk_constants(chunks, config.keys, q, k, v),
         TILE=config.rows, FULL_TILE=FULL_TILE, STAGES=stages_over_keys(chunks, config), num_warps=config.warps)

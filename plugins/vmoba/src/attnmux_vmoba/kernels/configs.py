@@ -13,8 +13,9 @@ class SelectConfig:
 
 
 def select_config(cols: int) -> SelectConfig:
-    """The table row for a number of chunks, rounded up to a power of two, 16 to 512; chosen by registers, not measured."""
-    # four warps of 16 rows each: a row's best is then found within a warp, without shared memory
+    """The table row for a number of chunks, rounded up to a power of two, 16 to 512; above 128 not measured."""
+    # Warps of 16 rows: a row's best is then found within a warp, without shared memory. H100, 30,720 tokens, 12 heads, 80 chunks,
+    # top-k 8, with the means: 0.28 ms (128 rows and 8 warps 0.29, those with steps of 64 channels 0.34).
     if cols <= 128:
         return SelectConfig(64, 128, 4)
     if cols == 256:
@@ -26,14 +27,15 @@ def select_config(cols: int) -> SelectConfig:
 class AttendConfig:
     """Attention of the rows of sorted pairs.
 
-    rows: of a program, a divisor of 128. keys: per step. warps: of the kernel. stages: steps whose rows are in shared memory at
-    once.
+    rows: of a tile, a divisor of 128. keys: per step. warps: of the kernel. stages: steps whose rows are in shared memory at
+    once. tiles: that a program takes where all that there is room for are in use.
     """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    tiles: int = 4
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,14 @@ class AttendConfigs:
     dq: AttendConfig
 
 
-def attend_configs(head_dim_padded: int) -> AttendConfigs:
-    """The table row for a head size, rounded up to a power of two."""
+def attend_configs(head_dim_padded: int, chunk_tokens: int) -> AttendConfigs:
+    """The table row for a head size, rounded up to a power of two, and a number of tokens a chunk."""
     if head_dim_padded > 128:
         # not measured
         return AttendConfigs(*(AttendConfig(64, 32, 4, 2),) * 2, *(AttendConfig(32, 32, 4, 2),) * 2)
-    # H100, D=128, 30,720 tokens, 12 heads, chunks of 384, top-k 8: forward 2.0 ms (128 keys and 8 warps 2.1; of chunks of 1,920,
-    # top-k 3, 2.8 for 3.0), dkdv 2.6 ms (128 keys and 8 warps 2.8), dq 2.3 ms (128 rows and 8 warps 2.7). Walked, 8.4 chunks a
-    # range: 1.46 ms, and with 8.9 1.54 (64 keys and 8 warps 1.81, 4 warps 2.09, 32 keys and 4 warps 1.75, 64 rows and 64 keys
-    # 1.73); dq the same with 64 rows and with 128.
-    tile = AttendConfig(64, 64, 4, 2)
-    return AttendConfigs(AttendConfig(128, 64, 4, 2), AttendConfig(128, 128, 8, 2), tile, tile)
+    # H100, D=128, 30,720 tokens, 12 heads, chunks of 384, top-k 8: forward 2.0 ms (128 keys and 8 warps 2.1, but with chunks of
+    # 1,920, top-k 3, 2.8 for 3.0), dkdv 2.6 ms (128 keys and 8 warps 2.8), dq 2.3 ms (128 rows and 8 warps 2.7). Walked, 8.4 chunks
+    # a range: 1.46 ms, and with 8.9 1.54 (64 keys and 8 warps 1.81, 4 warps 2.09, 32 keys and 4 warps 1.75, 64 rows and 64
+    # keys 1.73); dq the same with 64 rows and with 128.
+    tile, wide = AttendConfig(64, 64, 4, 2), AttendConfig(128, 128, 8, 2)
+    return AttendConfigs(wide if chunk_tokens >= 1024 else AttendConfig(128, 64, 4, 2), wide, tile, tile)

@@ -123,6 +123,8 @@ def _vmoba_merge_kernel(
     part_lse_ptr += tl.program_id(1).to(tl.int64) * n_rows
     row_ptr += unit * capacity
     most = tl.max(n, 0)
+    if most == 0:
+        return
     peak = tl.full([ROWS], -1e30, tl.float32)
     for slot in range(most):
         is_pair = slot < n
@@ -156,8 +158,11 @@ def _vmoba_sum_kernel(
     token, first, n = _pairs_of(first_ptr, unit, n_units, unit_tokens, length, ROWS)
     part_ptr += tl.program_id(1).to(tl.int64) * n_rows * D
     row_ptr += unit * capacity
+    most = tl.max(n, 0)
+    if most == 0:
+        return
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
-    for slot in range(tl.max(n, 0)):
+    for slot in range(most):
         rows = tl.load(row_ptr + first + slot, mask=slot < n, other=0)
         acc += load_rows(part_ptr, rows, slot < n, D, D, D_PAD).to(tl.float32)
     raster = tl.load(raster_ptr + token, mask=n > 0, other=0)

@@ -173,7 +173,7 @@ def _add_keys(
 
 @triton.jit(do_not_specialize=["first_unit", "n_units", "n_heads", "n_rows", "chunk_tokens", "length"])
 def _vmoba_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, part_ptr, lse2_ptr, delta_ptr, order_ptr, tile_ptr, raster_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, part_ptr, lse2_ptr, delta_ptr, order_ptr, tile_ptr, used_ptr, raster_ptr,
     stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     stride_do_b, stride_do_s, stride_do_h,
     first_unit, n_units, n_heads, n_rows, chunk_tokens, length, scale_log2, scale,
@@ -184,23 +184,27 @@ def _vmoba_bwd_dq_kernel(
     bh = unit // n_units
     batch = bh // n_heads
     head = bh % n_heads
-    numbers, is_row, raster, chunk = rows_of_tile(order_ptr, tile_ptr, unit, n_rows, TILE, FULL_TILE)
-    if tl.max(is_row.to(tl.int32), 0) == 0:
-        return
-    q = load_rows(q_ptr + batch * stride_q_b + head * stride_q_h, raster, is_row, stride_q_s, D, D_PAD)
-    do = load_rows(do_ptr + batch * stride_do_b + head * stride_do_h, raster, is_row, stride_do_s, D, D_PAD)
-    lse2 = tl.load(lse2_ptr + bh * length + raster, mask=is_row, other=float("inf"))
-    delta = tl.load(delta_ptr + bh * length + raster, mask=is_row, other=0.0)
+    q_ptr += batch * stride_q_b + head * stride_q_h
+    do_ptr += batch * stride_do_b + head * stride_do_h
     k_ptr += batch * stride_k_b + head // GROUP * stride_k_h
     v_ptr += batch * stride_v_b + head // GROUP * stride_v_h
-    dq = tl.zeros([TILE, D_PAD], tl.float32)
-    first = chunk * chunk_tokens
-    n_keys = tl.minimum(chunk_tokens, length - first)
-    for start in tl.range(0, n_keys, BLOCK, num_stages=STAGES):
-        keys, is_key = key_rows(raster_ptr, first, start, n_keys, IS_RUN, MASK_K, BLOCK)
-        dq = _add_keys(
-            dq, q, do, lse2, delta, k_ptr, v_ptr, keys, is_key, stride_k_s, stride_v_s, scale_log2, MASK_K, D, D_PAD, WIDE)
-    store_rows(part_ptr + tl.program_id(1).to(tl.int64) * n_rows * D, dq * scale, numbers, is_row, D, D, D_PAD)
+    part_ptr += tl.program_id(1).to(tl.int64) * n_rows * D
+    for tile in range(tl.program_id(0), tl.load(used_ptr + unit) * (FULL_TILE // TILE), tl.num_programs(0)):
+        chunk, n, is_row, raster = rows_of_tile(order_ptr, tile_ptr, unit * (n_rows // TILE) + tile, TILE, FULL_TILE)
+        if n > 0:
+            q = load_rows(q_ptr, raster, is_row, stride_q_s, D, D_PAD)
+            do = load_rows(do_ptr, raster, is_row, stride_do_s, D, D_PAD)
+            lse2 = tl.load(lse2_ptr + bh * length + raster, mask=is_row, other=float("inf"))
+            delta = tl.load(delta_ptr + bh * length + raster, mask=is_row, other=0.0)
+            dq = tl.zeros([TILE, D_PAD], tl.float32)
+            first = chunk * chunk_tokens
+            n_keys = tl.minimum(chunk_tokens, length - first)
+            for start in tl.range(0, n_keys, BLOCK, num_stages=STAGES):
+                keys, is_key = key_rows(raster_ptr, first, start, n_keys, IS_RUN, MASK_K, BLOCK)
+                dq = _add_keys(
+                    dq, q, do, lse2, delta, k_ptr, v_ptr, keys, is_key, stride_k_s, stride_v_s, scale_log2,
+                    MASK_K, D, D_PAD, WIDE)
+            store_rows(part_ptr, dq * scale, tile * TILE + tl.arange(0, TILE), is_row, D, D, D_PAD)
 
 
 @triton.jit(do_not_specialize=["n_heads", "n_ranges", "n_chunks", "n_words", "chunk_blocks", "chunk_tokens", "length"])
@@ -280,8 +284,8 @@ def launch_dq_parts(
     heads = q.shape[2]
     n_units, n_rows = parts.shape[:2]
     launch(
-        launches, _vmoba_bwd_dq_kernel, (n_rows // config.rows, n_units, 1),
-        q, k, v, dout, parts, *stats.unbind(0), pairs.order, tiles, pairs.raster,
+        launches, _vmoba_bwd_dq_kernel, (triton.cdiv(n_rows // config.rows, config.tiles), n_units, 1),
+        q, k, v, dout, parts, *stats.unbind(0), pairs.order, *tiles, pairs.raster,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3],
         first_unit, pairs.per_head, heads, n_rows, chunks.chunk_tokens, chunks.length, softmax_scale * LOG2_E, softmax_scale,
         GROUP=heads // k.shape[2], **chunk_constants(chunks, config.keys, q, k, v, dout), TILE=config.rows,

@@ -125,11 +125,9 @@ class _Keys:
         return (tokens - place).clamp(0, self.block).to(torch.int32)[None]
 
 
-def _index(keys: _Keys, lists, counts, lengths, b: int, heads: slice, transposed=None) -> IndexTensors:
-    parts = () if transposed is None else tuple(x[b : b + 1, heads] for x in transposed)
-    return IndexTensors(
-        lists[b : b + 1, heads], counts[b : b + 1, heads], sort.TILE, keys.block, None, lengths, True, True, *parts
-    )
+def _index(keys: _Keys, lists, lengths, b: int, heads: slice, transposed=None) -> IndexTensors:
+    blocks, counts, *parts = (x[b : b + 1, heads] for x in (*lists, *(transposed or ())))
+    return IndexTensors(blocks, counts, sort.TILE, keys.block, None, lengths, True, True, *parts)
 
 
 def attention_forward(q, k, v, words, chunks, topk: int, softmax_scale: float):
@@ -203,7 +201,7 @@ def _indexed_forward(q, k, v, words, chunks, topk, softmax_scale):
     budget = _budget(q, k, FORWARD_SHARE * 2)
     row_bytes = D * q.element_size() + 4
     pairs, per_slice = _plan(q, words, chunks, topk, row_bytes, budget, FORWARD_WASTE, orders_walked=False)
-    tiles, configs = sort.describe_tiles(pairs), attend_configs(triton.next_power_of_2(D))
+    tiles, configs = sort.describe_tiles(pairs), attend_configs(triton.next_power_of_2(D), chunks.chunk_tokens)
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     lse = torch.empty(B, heads, S, device=q.device, dtype=torch.float32)
     attend.launch_walk(q, k, v, words, pairs, out, lse, chunks, softmax_scale=softmax_scale, config=configs.walk)
@@ -223,8 +221,7 @@ def _gathered_forward(q, k, v, words, chunks, topk, softmax_scale, engine=None):
     B, S, heads, D = q.shape
     keys = _Keys(chunks)
     pairs = sort.sort_pairs(words, chunks, topk or chunks.num_chunks)
-    lists, counts = sort.tile_lists(pairs, keys.chunk_blocks, keys.last_blocks)
-    lengths = keys.lengths(q.device)
+    lengths, lists = keys.lengths(q.device), None
     out = torch.empty(q.shape, device=q.device, dtype=q.dtype)
     lse = torch.empty(B, heads, S, device=q.device, dtype=torch.float32)
     n_rows, group = pairs.tiles * sort.TILE, heads // k.shape[2]
@@ -239,7 +236,9 @@ def _gathered_forward(q, k, v, words, chunks, topk, softmax_scale, engine=None):
         k_, v_ = keys.arrange(launches, k[b, :, kh], v[b, :, kh], *key_buffers)
         parts = part_buffer[: qh.stop - qh.start]
         copy.gather_queries(launches, q, pairs, b * heads + qh.start, parts)
-        index = _index(keys, lists, counts, lengths, b, qh)
+        # only now: while the device copies, the host has time for them
+        lists = lists or sort.tile_lists(pairs, keys.chunk_blocks, keys.last_blocks)
+        index = _index(keys, lists, lengths, b, qh)
         engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
         part_lse = run_operator(parts, k_, v_, index, softmax_scale, engine)
         copy.merge_parts(launches, parts, part_lse, pairs, b * heads + qh.start, out, lse)
@@ -276,7 +275,7 @@ def _indexed_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_scal
     budget = _budget(q, k, BACKWARD_SHARE * 4)
     row_bytes = D * q.element_size()
     pairs, per_slice = _plan(q, words, chunks, topk, row_bytes, budget, BACKWARD_WASTE, orders_walked=True)
-    tiles, configs = sort.describe_tiles(pairs), attend_configs(triton.next_power_of_2(D))
+    tiles, configs = sort.describe_tiles(pairs), attend_configs(triton.next_power_of_2(D), chunks.chunk_tokens)
     stats = differentiate.launch_stats(out, dout, lse, pairs)
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
     differentiate.launch_dkdv(
@@ -298,9 +297,7 @@ def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_sca
     heads, D = q.shape[2:]
     keys = _Keys(chunks)
     pairs = sort.sort_pairs(words, chunks, room(chunks, topk))
-    lists, counts = sort.tile_lists(pairs, keys.chunk_blocks, keys.last_blocks)
-    transposed = sort.transposed_lists(pairs, keys.chunk_blocks, keys.last_blocks)
-    lengths = keys.lengths(q.device)
+    lengths, lists, transposed = keys.lengths(q.device), None, None
     dq, dk, dv = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (q, k, v))
     n_rows, group = pairs.tiles * sort.TILE, heads // k.shape[2]
     row_bytes = D * q.element_size()
@@ -318,7 +315,10 @@ def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_sca
             dk_, dv_ = dk_buffer[:, : dk_.shape[1]], dv_buffer[:, : dk_.shape[1]]
         (parts, do), stats = part_buffers[:, : qh.stop - qh.start], stat_buffers[:, : qh.stop - qh.start]
         copy.gather_for_backward(launches, q, dout, out, lse, pairs, b * heads + qh.start, parts, do, stats)
-        index = _index(keys, lists, counts, lengths, b, qh, transposed)
+        # after the copies, as in the forward
+        lists = lists or sort.tile_lists(pairs, keys.chunk_blocks, keys.last_blocks)
+        transposed = transposed or sort.transposed_lists(pairs, keys.chunk_blocks, keys.last_blocks)
+        index = _index(keys, lists, lengths, b, qh, transposed)
         engine = engine or choose_operator(parts, k_, v_, index, softmax_scale)
         differentiate_operator(
             parts, do, stats[0], stats[1], k_, v_, dk_[None], dv_[None], index, softmax_scale, engine
@@ -327,7 +327,7 @@ def _gathered_backward(dout, q, k, v, out, lse, words, chunks, topk, softmax_sca
         if not keys.in_place:
             copy.from_chunks(launches, dk_, dv_, dk[b, :, kh], dv[b, :, kh], chunks, keys.padded)
     if may_overflow(chunks, topk):
-        configs = attend_configs(triton.next_power_of_2(D))
+        configs = attend_configs(triton.next_power_of_2(D), chunks.chunk_tokens)
         stats = differentiate.launch_stats(out, dout, lse, pairs)
         differentiate.launch_dkdv(
             q, k, v, dout, stats, words, pairs, dk, dv, chunks,

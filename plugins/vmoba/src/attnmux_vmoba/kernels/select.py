@@ -1,6 +1,6 @@
 """The choice of chunks by every query of every head, without a tensor of gates.
 
-pool     sums of the keys of every chunk, piece by piece
+pool     sums of the keys of every chunk, piece by piece; of a single piece the mean
 select   gates of a tile of queries against all mean keys, in registers; the choice goes out as bits
 
 Gates are as exact as float32 products: a mean is split in three terms of the type of q, 24 bits in bfloat16 and 33 in float16,
@@ -28,27 +28,43 @@ PIECE = 512
 TERMS = 3
 
 
+@triton.jit
+def _store_mean(term_ptr, mean, bh, chunk, n_chunks, TERMS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Write the mean key [D_PAD] of a chunk as a sum of terms."""
+    offs_d = tl.arange(0, D_PAD)
+    for term in tl.static_range(TERMS):
+        part = mean.to(term_ptr.dtype.element_ty)
+        tl.store(term_ptr + ((bh * TERMS + term) * n_chunks + chunk) * D + offs_d, part, mask=offs_d < D)
+        # what is infinite or NaN has no rest
+        rest = mean - part.to(tl.float32)
+        mean = tl.where(rest == rest, rest, 0.0)
+
+
 @triton.jit(do_not_specialize=["n_heads", "n_pieces", *GEOMETRY])
 def _vmoba_pool_kernel(
-    k_ptr, sum_ptr, raster_ptr, stride_b, stride_s, stride_h, n_heads, n_pieces,
+    k_ptr, sum_ptr, term_ptr, raster_ptr, stride_b, stride_s, stride_h, n_heads, n_pieces,
     n_h, n_w, box_t, box_h, box_w, grid_h, grid_w, chunk_tokens, length,
-    PIECE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    PIECE: tl.constexpr, ROWS: tl.constexpr, TERMS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
 ):
     chunk = tl.program_id(0) // n_pieces
     piece = tl.program_id(0) % n_pieces
     bh = tl.program_id(1).to(tl.int64)
     k_ptr += (bh // n_heads) * stride_b + (bh % n_heads) * stride_h
     end = tl.minimum(chunk_tokens, length - chunk * chunk_tokens)
-    acc = tl.zeros([D_PAD], tl.float32)
+    acc = tl.zeros([ROWS, D_PAD], tl.float32)
     for start in range(piece * PIECE, tl.minimum((piece + 1) * PIECE, end), ROWS):
         place = start + tl.arange(0, ROWS)
         rows = raster_of(chunk, place, n_h, n_w, box_t, box_h, box_w, grid_h, grid_w)
         if bh == 0:
             tl.store(raster_ptr + chunk * chunk_tokens + place, rows, mask=place < end)
-        acc += tl.sum(load_rows(k_ptr, rows, place < end, stride_s, D, D_PAD).to(tl.float32), 0)
-    offs_d = tl.arange(0, D_PAD)
-    at = (bh * tl.num_programs(0) + tl.program_id(0)) * D
-    tl.store(sum_ptr + at + offs_d, acc, mask=offs_d < D)
+        acc += load_rows(k_ptr, rows, place < end, stride_s, D, D_PAD).to(tl.float32)
+    total = tl.sum(acc, 0)
+    if n_pieces == 1:
+        _store_mean(term_ptr, total / end.to(tl.float32), bh, chunk, tl.num_programs(0), TERMS, D, D_PAD)
+    else:
+        offs_d = tl.arange(0, D_PAD)
+        at = (bh * tl.num_programs(0) + tl.program_id(0)) * D
+        tl.store(sum_ptr + at + offs_d, total, mask=offs_d < D)
 
 
 @triton.jit(do_not_specialize=["n_pieces", "n_chunks", "chunk_tokens", "length"])
@@ -63,20 +79,15 @@ def _vmoba_mean_kernel(
         at = ((bh * n_chunks + chunk) * n_pieces + piece) * D
         mean += tl.load(sum_ptr + at + offs_d, mask=offs_d < D, other=0.0)
     mean /= tl.minimum(chunk_tokens, length - chunk * chunk_tokens).to(tl.float32)
-    for term in tl.static_range(TERMS):
-        part = mean.to(term_ptr.dtype.element_ty)
-        tl.store(term_ptr + ((bh * TERMS + term) * n_chunks + chunk) * D + offs_d, part, mask=offs_d < D)
-        # what is infinite or NaN has no rest
-        rest = mean - part.to(tl.float32)
-        mean = tl.where(rest == rest, rest, 0.0)
+    _store_mean(term_ptr, mean, bh, chunk, n_chunks, TERMS, D, D_PAD)
 
 
 @triton.jit
 def _ranked(gates):
     """int32 keys in the order of the float32 gates: -0 equals 0, NaN is above infinity, and the least int32 is free."""
-    bits = tl.where(gates == 0.0, 0.0, gates).to(tl.int32, bitcast=True)
-    keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(gates != gates, 0x7FFFFFFE, keys)
+    # the sum makes +0 of -0
+    bits = (gates + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(gates != gates, 0x7FFFFFFE, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
 @triton.jit
@@ -164,23 +175,25 @@ def _vmoba_select_kernel(
     if BY_SHARE:
         kept = is_own | _within_share(gates, is_own, is_valid, cols, threshold, KEEPS_ONE, ROWS, COLS)
     else:
+        # the own chunk is above all others, what is no chunk below them: no masks are kept
         least: tl.constexpr = -0x80000000
-        keys = tl.where(is_valid & (is_own == 0), _ranked(gates), least)
+        keys = tl.where(is_own, 0x7FFFFFFF, tl.where(is_valid, _ranked(gates), least))
         # The least of the best, by values alone: that is the whole choice unless gates are equal, and half the work.
         last = tl.full([ROWS], 0x7FFFFFFF, tl.int32)
         for _ in range(1, topk):
             last = tl.max(tl.where(keys < last[:, None], keys, least), 1)
-        kept = (keys >= last[:, None]) & (keys > least)
-        if tl.max(tl.abs(tl.sum(kept.to(tl.int32), 1) - (topk - 1)), 0) > 0:
-            for _ in range(1, topk):
+        kept = keys >= last[:, None]
+        if tl.max(tl.where(is_token, tl.abs(tl.sum(kept.to(tl.int32), 1) - topk), 0), 0) > 0:
+            for _ in range(topk):
                 keys = tl.where(_take_best(keys, cols, ROWS, COLS), least, keys)
-            # the own chunk had the least key from the start, and no gate has it
-            kept = is_valid & (is_own == 0) & (keys == least)
-        kept = kept | is_own
+            # no gate has the least key
+            kept = (cols < n_chunks)[None, :] & (keys == least)
     bits = kept.to(tl.int32) << (cols % 32)[None, :]
-    for word in range(n_words):
-        value = tl.sum(tl.where((cols // 32 == word)[None, :], bits, 0), 1)
-        tl.store(word_ptr + (bh * n_words + word) * length + token, value, mask=is_token)
+    # static: which columns make a word is then known when it is compiled
+    for word in tl.static_range((COLS + 31) // 32):
+        if word < n_words:
+            value = tl.sum(tl.where((cols // 32 == word)[None, :], bits, 0), 1)
+            tl.store(word_ptr + (bh * n_words + word) * length + token, value, mask=is_token)
 
 
 def mean_keys(k, chunks):
@@ -192,13 +205,14 @@ def mean_keys(k, chunks):
     tokens, C = chunks.chunk_tokens, chunks.num_chunks
     pieces = triton.cdiv(tokens, PIECE)
     sums = torch.empty(B, heads, C, pieces, D, device=k.device, dtype=torch.float32)
-    raster = torch.empty(S, device=k.device, dtype=torch.int32)
-    _vmoba_pool_kernel[(C * pieces, B * heads)](
-        k, sums, raster, *k.stride()[:3], heads, pieces, *geometry_arguments(chunks),
-        PIECE=PIECE, ROWS=32, D=D, D_PAD=triton.next_power_of_2(D), num_warps=4)
     terms = torch.empty(B, heads, TERMS, C, D, device=k.device, dtype=k.dtype)
-    _vmoba_mean_kernel[(C, B * heads)](
-        sums, terms, pieces, C, tokens, S, TERMS=TERMS, D=D, D_PAD=triton.next_power_of_2(D), num_warps=1)
+    raster = torch.empty(S, device=k.device, dtype=torch.int32)
+    constants = {"TERMS": TERMS, "D": D, "D_PAD": triton.next_power_of_2(D)}
+    _vmoba_pool_kernel[(C * pieces, B * heads)](
+        k, sums, terms, raster, *k.stride()[:3], heads, pieces, *geometry_arguments(chunks),
+        PIECE=PIECE, ROWS=32, **constants, num_warps=4)
+    if pieces > 1:
+        _vmoba_mean_kernel[(C, B * heads)](sums, terms, pieces, C, tokens, S, **constants, num_warps=1)
     return terms, raster
 
 

@@ -1,8 +1,8 @@
 """The pairs (query, chosen chunk) of every unit, sorted by chunk: a stable counting sort without atomics.
 
-count   chosen chunks of every range of 128 queries, and whether the range is walked
-scan    of the counts over the ranges: how many queries before a range chose a chunk; where the rows of a chunk start
-place   the row of every pair, and the query of every row; the chunks of every range that is walked
+count   chosen chunks of every range of 128 queries
+scan    of the counts over the ranges: how many queries before a range chose a chunk; which ranges are walked
+place   where the rows of a chunk start; the row of every pair, and the query of every row; the chunks of every walked range
 lists   for every tile of rows the key blocks of its chunk; for the backward pass also the transpose
 tiles   for every tile of rows its chunk, for kernels that read by index
 rank    the chunks by falling number of queries
@@ -84,8 +84,8 @@ def _members(word_ptr, token, is_token):
     return (words[:, None] >> tl.arange(0, 32)[None, :]) & 1
 
 
-@triton.jit(do_not_specialize=["n_words", "length", "most_waste"])
-def _vmoba_count_kernel(word_ptr, count_ptr, walk_ptr, n_words, length, most_waste, TILE: tl.constexpr):
+@triton.jit(do_not_specialize=["n_words", "length"])
+def _vmoba_count_kernel(word_ptr, count_ptr, pair_ptr, union_ptr, n_words, length, TILE: tl.constexpr):
     at = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
     word_ptr += tl.program_id(1).to(tl.int64) * n_words * length
@@ -96,20 +96,21 @@ def _vmoba_count_kernel(word_ptr, count_ptr, walk_ptr, n_words, length, most_was
         tl.store(count_ptr + (at * n_words + word) * 32 + tl.arange(0, 32), counts)
         n_pairs += tl.sum(counts, 0)
         n_union += tl.sum((counts > 0).to(tl.int32), 0)
-    tl.store(walk_ptr + at, tl.where(n_union * TILE <= most_waste * n_pairs, n_union, 0))
+    tl.store(pair_ptr + at, n_pairs)
+    tl.store(union_ptr + at, n_union)
 
 
-@triton.jit(do_not_specialize=["n_ranges", "n_cols", "n_chunks", "capacity"])
+@triton.jit(do_not_specialize=["n_ranges", "n_words", "n_chunks", "capacity", "most_waste"])
 def _vmoba_scan_kernel(
-    count_ptr, walk_ptr, begin_ptr, size_ptr, all_size_ptr, start_ptr, placed_ptr, n_ranges, n_cols, n_chunks, capacity,
-    ORDERS_WALKED: tl.constexpr, RANGES: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr,
+    count_ptr, pair_ptr, union_ptr, begin_ptr, walk_ptr, size_ptr, all_size_ptr, placed_ptr,
+    n_ranges, n_words, n_chunks, capacity, most_waste, ORDERS_WALKED: tl.constexpr, RANGES: tl.constexpr, TILE: tl.constexpr,
 ):
+    """A program counts for 32 chunks of a unit; what is one for all chunks, every program finds, and the first one writes."""
     unit = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, COLS)
-    is_col = cols < n_cols
+    word = tl.program_id(1)
     # rows of tiles, and of walked ranges
-    total = tl.zeros([COLS], tl.int32)
-    total_walked = tl.zeros([COLS], tl.int32)
+    total = tl.zeros([32], tl.int32)
+    total_walked = tl.zeros([32], tl.int32)
     n_before = 0
     n_tiled = 0
     n_placed = 0
@@ -117,43 +118,45 @@ def _vmoba_scan_kernel(
         local = first + tl.arange(0, RANGES)
         is_range = local < n_ranges
         place = unit * n_ranges + local
-        at = count_ptr + (place * n_cols)[:, None] + cols[None, :]
-        mask = is_range[:, None] & is_col[None, :]
-        counts = tl.load(at, mask=mask, other=0)
-        walks = tl.load(walk_ptr + place, mask=is_range, other=0)
-        n_pairs = tl.sum(counts, 1)
+        at = count_ptr + ((place * n_words + word) * 32)[:, None] + tl.arange(0, 32)[None, :]
+        counts = tl.load(at, mask=is_range[:, None], other=0)
+        n_pairs = tl.load(pair_ptr + place, mask=is_range, other=0)
+        n_union = tl.load(union_ptr + place, mask=is_range, other=0)
+        agrees = (n_union > 0) & (n_union * TILE <= most_waste * n_pairs)
+        n_ordered = n_pairs
         if not ORDERS_WALKED:
-            n_pairs = tl.where(walks > 0, 0, n_pairs)
-        has_room = n_before + tl.cumsum(n_pairs, 0) <= capacity
-        n_before += tl.sum(n_pairs, 0)
-        tl.store(walk_ptr + place, tl.sum((counts > 0).to(tl.int32), 1), mask=is_range & (has_room == 0))
-        n_placed += tl.sum((is_range & has_room).to(tl.int32), 0)
-        is_tiled = (walks == 0) & has_room
-        n_pairs = tl.where(is_tiled, n_pairs, 0)
-        tl.store(begin_ptr + place, n_tiled + tl.cumsum(n_pairs, 0) - n_pairs, mask=is_range)
-        n_tiled += tl.sum(n_pairs, 0)
+            n_ordered = tl.where(agrees, 0, n_pairs)
+        has_room = n_before + tl.cumsum(n_ordered, 0) <= capacity
+        n_before += tl.sum(n_ordered, 0)
+        is_tiled = has_room & (agrees == 0)
+        if word == 0:
+            n_placed += tl.sum((is_range & has_room).to(tl.int32), 0)
+            n_pairs = tl.where(is_tiled, n_pairs, 0)
+            tl.store(begin_ptr + place, n_tiled + tl.cumsum(n_pairs, 0) - n_pairs, mask=is_range)
+            n_tiled += tl.sum(n_pairs, 0)
+            tl.store(walk_ptr + place, tl.where(is_tiled, 0, n_union), mask=is_range)
         tiled = tl.where(is_tiled[:, None], counts, 0)
-        walked = tl.where((has_room & (walks > 0))[:, None], counts, 0)
+        walked = tl.where((has_room & agrees)[:, None], counts, 0)
         before = tl.where(
             is_tiled[:, None], total[None, :] + tl.cumsum(tiled, 0) - tiled, total_walked[None, :] + tl.cumsum(walked, 0) - walked)
-        tl.store(at, before, mask=mask)
+        tl.store(at, before, mask=is_range[:, None])
         total += tl.sum(tiled, 0)
         total_walked += tl.sum(walked, 0)
-    tl.store(placed_ptr + unit, n_placed * TILE)
-    both = total
+    if word == 0:
+        tl.store(placed_ptr + unit, n_placed * TILE)
     if ORDERS_WALKED:
-        both += total_walked
-    tiles = (both + TILE - 1) // TILE
-    is_chunk = cols < n_chunks
-    tl.store(size_ptr + unit * n_chunks + cols, total, mask=is_chunk)
-    tl.store(all_size_ptr + unit * n_chunks + cols, both, mask=is_chunk)
-    tl.store(start_ptr + unit * n_chunks + cols, (tl.cumsum(tiles, 0) - tiles) * TILE, mask=is_chunk)
+        total_walked += total
+    else:
+        total_walked = total
+    cols = word * 32 + tl.arange(0, 32)
+    tl.store(size_ptr + unit * n_chunks + cols, total, mask=cols < n_chunks)
+    tl.store(all_size_ptr + unit * n_chunks + cols, total_walked, mask=cols < n_chunks)
 
 
 @triton.jit(do_not_specialize=["n_words", "n_units", "n_chunks", "n_rows", "capacity", *GEOMETRY])
 def _vmoba_place_kernel(
-    word_ptr, count_ptr, walk_ptr, begin_ptr, size_ptr, start_ptr, placed_ptr,
-    first_ptr, row_ptr, order_ptr, walked_ptr, raster_ptr, n_words, n_units, n_chunks, n_rows, capacity,
+    word_ptr, count_ptr, walk_ptr, begin_ptr, size_ptr, all_size_ptr, placed_ptr,
+    start_ptr, first_ptr, row_ptr, order_ptr, walked_ptr, raster_ptr, n_words, n_units, n_chunks, n_rows, capacity,
     n_h, n_w, box_t, box_h, box_w, grid_h, grid_w, chunk_tokens, length, ORDERS_WALKED: tl.constexpr, TILE: tl.constexpr,
 ):
     r = tl.program_id(0)
@@ -182,25 +185,32 @@ def _vmoba_place_kernel(
     order_ptr += unit * n_rows
     walked_ptr += place * n_chunks
     n_walks = 0
+    n_before = 0
     # a range without room is nowhere in the order
-    is_ordered = token < tl.where(local < tl.load(placed_ptr + unit), length, 0)
+    has_rows = local < tl.load(placed_ptr + unit)
     if not ORDERS_WALKED:
-        is_ordered = is_tiled
+        has_rows = has_rows & (is_walked == 0)
     for word in range(n_words):
         members = _members(word_ptr + (bh * n_words + word) * length, token, token < length)
         cols = word * 32 + tl.arange(0, 32)
         is_chunk = cols < n_chunks
-        start = tl.load(start_ptr + unit * n_chunks + cols, mask=is_chunk, other=0) + tl.load(count_ptr + cols)
+        n_tiles = (tl.load(all_size_ptr + unit * n_chunks + cols, mask=is_chunk, other=0) + TILE - 1) // TILE
+        start = (n_before + tl.cumsum(n_tiles, 0) - n_tiles) * TILE
+        n_before += tl.sum(n_tiles, 0)
+        if local == 0:
+            tl.store(start_ptr + unit * n_chunks + cols, start, mask=is_chunk)
+        start += tl.load(count_ptr + cols)
         if is_walked:
             start += tl.load(size_ptr + unit * n_chunks + cols, mask=is_chunk, other=0)
             in_union = (tl.sum(members, 0) > 0).to(tl.int32)
             tl.store(walked_ptr + n_walks + tl.cumsum(in_union, 0) - in_union, cols, mask=in_union > 0)
             n_walks += tl.sum(in_union, 0)
-        rows = start[None, :] + tl.cumsum(members, 0) - members
-        tl.store(order_ptr + rows, tl.broadcast_to(raster[:, None], [TILE, 32]), mask=(members > 0) & is_ordered[:, None])
-        slots = slot[:, None] + tl.cumsum(members, 1) - members
-        tl.store(row_ptr + slots, rows, mask=(members > 0) & is_tiled[:, None])
-        slot += tl.sum(members, 1)
+        if has_rows:
+            rows = start[None, :] + tl.cumsum(members, 0) - members
+            tl.store(order_ptr + rows, tl.broadcast_to(raster[:, None], [TILE, 32]), mask=members > 0)
+            slots = slot[:, None] + tl.cumsum(members, 1) - members
+            tl.store(row_ptr + slots, rows, mask=(members > 0) & is_tiled[:, None])
+            slot += tl.sum(members, 1)
 
 
 @triton.jit(do_not_specialize=["n_tiles", "n_chunks", "chunk_blocks", "last_blocks", "width"])
@@ -257,7 +267,7 @@ def _vmoba_transpose_kernel(
 
 @triton.jit(do_not_specialize=["n_tiles", "n_chunks"])
 def _vmoba_tiles_kernel(
-    start_ptr, size_ptr, tile_ptr, n_tiles, n_chunks, TILES: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr,
+    start_ptr, size_ptr, tile_ptr, used_ptr, n_tiles, n_chunks, TILES: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr,
 ):
     unit = tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, COLS)
@@ -271,6 +281,9 @@ def _vmoba_tiles_kernel(
     is_tile = tile < n_tiles
     tl.store(tile_ptr + (unit * n_tiles + tile) * 2, chunk, mask=is_tile)
     tl.store(tile_ptr + (unit * n_tiles + tile) * 2 + 1, rows, mask=is_tile)
+    if tl.program_id(0) == 0:
+        sizes = tl.load(size_ptr + unit * n_chunks + cols, mask=cols < n_chunks, other=0)
+        tl.store(used_ptr + unit, tl.max(tl.where(sizes > 0, (starts + sizes + TILE - 1) // TILE, 0), 0))
 
 
 @triton.jit(do_not_specialize=["n_chunks"])
@@ -299,7 +312,7 @@ def sort_pairs(words, chunks, kept: int, units: int = 1, most_waste: float = 0.0
         orders_walked: put the queries of walked ranges in the order, too; they need room then.
     """
     B, heads, n_words, S = words.shape
-    C, cols = chunks.num_chunks, n_words * 32
+    C = chunks.num_chunks
     unit_ranges = triton.cdiv(triton.cdiv(S, TILE), units)
     ranges, tokens = unit_ranges * units, unit_ranges * TILE
     # a unit may have tokens beyond the sequence, which choose nothing
@@ -309,32 +322,34 @@ def sort_pairs(words, chunks, kept: int, units: int = 1, most_waste: float = 0.0
     def table(*shape):
         return torch.empty(shape, device=words.device, dtype=torch.int32)
 
-    counts, begins = table(B, heads, ranges, cols), table(B, heads, ranges)
+    counts, per_range = table(B, heads, ranges, n_words * 32), table(3, B, heads, ranges)
+    numbers, unions, begins = per_range.unbind(0)
     pairs = SortedPairs(
         table(B, heads, units, tokens + 1), table(B, heads, units, capacity), table(B, heads, units, tiles * TILE),
         table(B, heads, units, C), table(2, B, heads, units, C), table(B, heads, units), table(B, heads, ranges),
         table(B, heads, ranges, C), table(S), tiles)
-    _vmoba_count_kernel[(ranges, B * heads)](words, counts, pairs.walks, n_words, S, float(most_waste), TILE=TILE, num_warps=4)
-    padded = triton.next_power_of_2(cols)
-    _vmoba_scan_kernel[(B * heads * units,)](
-        counts, pairs.walks, begins, *pairs.sizes.unbind(0), pairs.starts, pairs.placed, unit_ranges, cols, C, capacity,
-        ORDERS_WALKED=orders_walked, RANGES=max(1, min(32, 4096 // padded)), COLS=padded, TILE=TILE, num_warps=8)
+    _vmoba_count_kernel[(ranges, B * heads)](words, counts, numbers, unions, n_words, S, TILE=TILE, num_warps=4)
+    _vmoba_scan_kernel[(B * heads * units, n_words)](
+        counts, numbers, unions, begins, pairs.walks, *pairs.sizes.unbind(0), pairs.placed,
+        unit_ranges, n_words, C, capacity, float(most_waste), ORDERS_WALKED=orders_walked, RANGES=128, TILE=TILE, num_warps=8)
     _vmoba_place_kernel[(ranges, B * heads)](
-        words, counts, pairs.walks, begins, pairs.sizes[0], pairs.starts, pairs.placed, pairs.firsts, pairs.rows, pairs.order,
-        pairs.walked, pairs.raster, n_words, units, C, tiles * TILE, capacity, *geometry_arguments(chunks),
-        ORDERS_WALKED=orders_walked, TILE=TILE, num_warps=4)
+        words, counts, pairs.walks, begins, *pairs.sizes.unbind(0), pairs.placed,
+        pairs.starts, pairs.firsts, pairs.rows, pairs.order, pairs.walked, pairs.raster,
+        n_words, units, C, tiles * TILE, capacity, *geometry_arguments(chunks),
+        ORDERS_WALKED=orders_walked, TILE=TILE, num_warps=8)
     return pairs
 
 
 def describe_tiles(pairs: SortedPairs):
-    """Chunk and number of rows of every tile, int32 [B, H, U, tiles, 2]; no rows after the last tile."""
+    """Chunk and number of rows of every tile, int32 [B, H, U, tiles, 2], and tiles up to the last with rows, int32 [B, H, U]."""
     B, heads, units, C = pairs.starts.shape
     table = torch.empty(B, heads, units, pairs.tiles, 2, device=pairs.starts.device, dtype=torch.int32)
+    used = torch.empty_like(pairs.placed)
     cols = max(16, triton.next_power_of_2(C))
     tiles = max(1, min(64, 4096 // cols))
     _vmoba_tiles_kernel[(triton.cdiv(pairs.tiles, tiles), pairs.units)](
-        pairs.starts, pairs.sizes[0], table, pairs.tiles, C, TILES=tiles, COLS=cols, TILE=TILE, num_warps=4)
-    return table
+        pairs.starts, pairs.sizes[0], table, used, pairs.tiles, C, TILES=tiles, COLS=cols, TILE=TILE, num_warps=4)
+    return table, used
 
 
 def rank_chunks(pairs: SortedPairs):
