@@ -1,4 +1,4 @@
-"""Tables of what `distributed.py` wrote: efficiency over several GPUs, or one rank's share on one, and what is computed; and a plot."""
+"""Tables, and a plot, of what `distributed.py` wrote: efficiency over several GPUs, or one rank's share, and what is computed."""
 
 import json
 import re
