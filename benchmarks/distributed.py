@@ -7,7 +7,7 @@
 
 The sequence is Wan 14B's: 75,600 tokens of 40 heads of 128 channels in bfloat16. Efficiency is T1 / (P * TP): T1 is LocalAttention
 on the whole sequence, on all ranks at once, as heat and power are shared; TP the distributed layer. Ranks are aligned before
-each run and the slowest counts; T1 is measured before and after TP, and a row whose two T1 differ by more than 2 % says so.
+each run and the slowest counts; T1 and TP are measured in turn, and a row whose T1 drifts by more than 2 % says so.
 Nothing is timed whose result is wrong on a short sequence in the same process. On one GPU it times one rank's share of the work,
 transfers left out, an upper bound of the efficiency, and what the layer adds where it is alone. What is computed and not
 measured, for more GPUs than there are, is in rows of their own, made from this run's numbers alone. A rehearsal runs every
@@ -23,19 +23,19 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from distributed_table import FASTER, plot
+from left_out import LeftOut
 from peers import diffusers_ulysses, fastvideo_ulysses
 from torch.profiler import ProfilerActivity, profile
 
 from attnmux import DistributedAttention, LocalAttention, SeqPlan, SPGroup, init_sequence_parallel
 from attnmux.bench import describe_environment
 from attnmux.bench.harness import CpuClock, Timing
-from attnmux.distributed import HeadPlan, count_traffic, exchange_ops, ring
-from attnmux.distributed.collective import Pending, describe
+from attnmux.distributed import HeadPlan, count_traffic
+from attnmux.distributed.collective import describe
 from attnmux.distributed.direct import direct_of
 from attnmux.distributed.exchange import Exchange, arrived_heads, arrived_shards, send_heads, send_shards
 from attnmux.distributed.merge import merge_part
@@ -63,38 +63,42 @@ class Shape:
         return [torch.randn(size, generator=generator, device=self.device, dtype=self.dtype) for _ in range(3)]
 
 
-def aligned(device, run, repetitions):
-    """Milliseconds of each run, the slowest rank's, started together."""
+def in_turn(device, runs, repetitions):
+    """Milliseconds of each of several runs, one after the other; ranks start together, and the slowest counts."""
     if device.type == "cuda":
-        flag = torch.zeros(1, device=device)
-        starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(repetitions)] for _ in range(2))
-        for start, end in zip(starts, ends, strict=True):
-            # a collective on the stream: no rank starts before the last has come
-            dist.all_reduce(flag)
-            start.record()
-            run()
-            end.record()
+        flag, events = torch.zeros(1, device=device), []
+        for _ in range(repetitions):
+            for run in runs:
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                # a collective on the stream: no rank starts before the last has come
+                dist.all_reduce(flag)
+                start.record()
+                run()
+                end.record()
+                events.append((start, end))
         torch.cuda.synchronize(device)
-        times = [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
+        times = [start.elapsed_time(end) for start, end in events]
     else:
         times = []
         for _ in range(repetitions):
-            dist.barrier()
-            times += CpuClock().milliseconds(run, 1)
+            for run in runs:
+                dist.barrier()
+                times += CpuClock().milliseconds(run, 1)
     slowest = torch.tensor(times, dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return slowest.tolist()
+    return [slowest[which :: len(runs)].tolist() for which in range(len(runs))]
+
+
+def aligned(device, run, repetitions):
+    return in_turn(device, [run], repetitions)[0]
 
 
 def compare(device, single, several, repetitions):
-    """T1 before, TP, T1 after."""
-    for run in (single, several):
-        aligned(device, run, WARM_UP)
-    before = aligned(device, single, repetitions // 2)
-    shared = aligned(device, several, repetitions)
-    after = aligned(device, single, repetitions - repetitions // 2)
-    drift = abs(statistics.median(before) / statistics.median(after) - 1)
-    return Timing.of(before + after), Timing.of(shared), drift
+    """T1 and TP in turn, so that heat and power are alike; and by how much T1 of the first half and of the second differ."""
+    in_turn(device, [single, several], WARM_UP)
+    alone, shared = in_turn(device, [single, several], repetitions)
+    halves = [statistics.median(part) for part in (alone[: repetitions // 2], alone[repetitions // 2 :])]
+    return Timing.of(alone), Timing.of(shared), abs(halves[0] / halves[1] - 1)
 
 
 def backend_options(backend, shape):
@@ -326,56 +330,6 @@ def measure_one_rank(shape):
     return found
 
 
-class LeftOut:
-    """Transfers that are left out inside the block: what would come is filled in from memory, and the time of that is known."""
-
-    def __init__(self, device):
-        self.device, self.prepared, self.intervals = device, {}, []
-
-    def exchange(self, received, elements, write, *_, takes_own=True, **__):
-        """Write what others would copy, and this rank's own part, as an exchange does among ranks that see each other's memory."""
-        rank, outgoing = elements.rank, elements.outgoing
-        before, _, behind = torch.split(
-            received.new_empty(sum(outgoing)), [sum(outgoing[:rank]), outgoing[rank], sum(outgoing[rank + 1 :])]
-        )
-        for ranks, part in ((range(rank), before), (range(rank + 1, len(outgoing)), behind)):
-            if ranks:
-                write(ranks, part)
-        self.fill(received)
-        if takes_own:
-            write(range(rank, rank + 1), torch.split(received, elements.incoming)[rank])
-
-    def fill(self, received, *_, **__):
-        if received.numel() not in self.prepared:
-            # numbers like those that would come: what sparse backends choose depends on them
-            self.prepared[received.numel()] = torch.randn_like(received)
-        source = self.prepared[received.numel()]
-        if self.device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            received.copy_(source)
-            end.record()
-            self.intervals.append((start, end))
-        else:
-            started = time.perf_counter()
-            received.copy_(source)
-            self.intervals.append(time.perf_counter() - started)
-        return Pending(received, Finished(), "")
-
-    def measure(self, measure, runs):
-        """Return what `measure` does, and the milliseconds that one of its `runs` spent with filling in."""
-        self.intervals.clear()
-        with (
-            patch.object(exchange_ops, "exchange", self.exchange),
-            patch.object(ring, "start_all_to_all", self.fill),
-        ):
-            found = measure()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            return found, sum(start.elapsed_time(end) for start, end in self.intervals) / runs
-        return found, 1e3 * sum(self.intervals) / runs
-
-
 def measure_share(backend, shape, ranks, strategy, overlap, arguments):
     """One rank's share of the work on this GPU, transfers left out: what efficiency they leave to lose from."""
     row = {"backend": backend, "ranks": ranks, "strategy": strategy, "overlap": overlap}
@@ -415,11 +369,6 @@ def measure_copies(shape, ranks, repetitions):
     # q, k, v and the output are written where they leave from or stay, and what came of the output to where it belongs
     moved = 2 * (4 + (ranks - 1) / ranks) * own[0].numel() * own[0].element_size()
     return {"ranks": ranks, "exchange_ms": exchange_ms - filled, "exchange_bytes": moved, "merge_ms": merge_ms}
-
-
-class Finished:
-    def wait(self):
-        """Nothing is under way."""
 
 
 def compute_rows(parts, size, between_nodes):

@@ -12,7 +12,7 @@ COMPUTED = "| GPUs, computed | strategy | efficiency, % | made from |\n|---|---|
 FASTER = "above 1: attention to a share takes less time per head than to all heads, which is no gain of the exchange"
 
 
-DRIFTED = "(2) The time of one GPU before and after differed by more than 2 %.\n"
+DRIFTED = "(2) The time of one GPU drifted by more than 2 %.\n"
 
 
 def measured_table(found):

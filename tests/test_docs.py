@@ -160,10 +160,16 @@ def test_an_efficiency_above_one_is_explained_and_a_computed_one_says_from_what(
     assert "old" not in found
     measured = {"backend": "A", "strategy": "ring", "overlap": 1, "t1_ms": 30.0, "tp_ms": 20.0, "efficiency": 0.75}
     more = {"gpus": 8, "strategy": "ulysses", "efficiency": 0.5, "made_from": {"exchange_GB_per_s": 180.0}}
-    record = {"ranks": 2, "rows": [{**measured, "drifted": True}], "computed": [more]}
+    trained = {**measured, "direction": "forward + backward", "drifted": False}
+    record = {
+        "ranks": 2,
+        "rows": [{**measured, "direction": "forward", "drifted": True}, trained],
+        "computed": [more],
+    }
     (tmp_path / "found.json").write_text(json.dumps(record))
     found = fill("<!-- distributed: found.json -->old<!-- /distributed -->", tmp_path)
     assert "| A | ring | 1 | 30.0 | 20.0 | 75.0 (2) |" in found
+    assert "| A | ring, forward + backward | 1 | 30.0 | 20.0 | 75.0 |" in found
     assert "| 8 | ulysses | 50 | exchange GB per s 180 |" in found.split("GPUs, computed")[1]
 
 
