@@ -7,6 +7,7 @@ import torch
 
 from attnmux.distributed import exchange_ops, ring
 from attnmux.distributed.collective import Pending
+from attnmux.distributed.direct import others
 
 
 class Finished:
@@ -23,12 +24,9 @@ class LeftOut:
     def exchange(self, received, elements, write, *_, takes_own=True, **__):
         """Write what others would copy, and this rank's own part, as an exchange does among ranks that see each other's memory."""
         rank, outgoing = elements.rank, elements.outgoing
-        before, _, behind = torch.split(
-            received.new_empty(sum(outgoing)), [sum(outgoing[:rank]), outgoing[rank], sum(outgoing[rank + 1 :])]
-        )
-        for ranks, part in ((range(rank), before), (range(rank + 1, len(outgoing)), behind)):
-            if ranks:
-                write(ranks, part)
+        starts, stage = elements.staged(rank), received.new_empty(sum(outgoing))
+        for ranks in others(rank, len(outgoing)):
+            write(ranks, stage[starts[ranks.start] : starts[ranks.stop]])
         self.fill(received)
         if takes_own:
             write(range(rank, rank + 1), torch.split(received, elements.incoming)[rank])

@@ -77,6 +77,18 @@ def stages(sp):
         return sizes, grown, len(found.stages)
 
 
+def inference_first(sp):
+    """Memory that was shared in inference mode serves training too."""
+    with seeing(), torch.inference_mode():
+        layer, mine = layer_and_shards(sp, 8)
+        layer(*mine)
+        with torch.inference_mode(False):
+            leaves = [x.clone().requires_grad_() for x in mine]
+            output, _ = layer(*leaves)
+            output.sum().backward()
+            assert all(x.grad.any() for x in leaves[2:])
+
+
 def elsewhere(sp):
     """Ranks of other hosts exchange by collectives."""
     layer, mine = layer_and_shards(sp, 8)

@@ -54,6 +54,10 @@ def test_stages_are_used_again_and_grow(pools):
         assert count == 2
 
 
+def test_training_follows_inference(pools):
+    pools(2).run("direct_jobs.inference_first")
+
+
 @pytest.mark.parametrize("job", ["elsewhere", "off"])
 def test_collectives_remain_where_ranks_do_not_see_each_other(pools, job):
     pools(2).run(f"direct_jobs.{job}")

@@ -86,6 +86,19 @@ def add_fields(settings: str, fields: dict[str, object]) -> str:
     return _SEPARATOR.join([settings, *(f"{name}={value}" for name, value in fields.items())])
 
 
+class _Settings:
+    """What `describe` wrote."""
+
+    def __init__(self, text: str) -> None:
+        name, timeout, checks_every_call, direct, *self.fields = text.split(_SEPARATOR)
+        self.group: dist.ProcessGroup = c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+        self.timeout, self.checks_every_call, self.direct = (
+            float(timeout),
+            checks_every_call == "True",
+            direct == "True",
+        )
+
+
 @dataclass(frozen=True)
 class Pending:
     """A collective under way.
@@ -113,21 +126,20 @@ class Pending:
         return self.received
 
 
-def _agreed_group(sent: torch.Tensor, operation: str, settings: str, sizes: dict[str, object]) -> dist.ProcessGroup:
-    name, timeout, every_call, direct, *fields = settings.split(_SEPARATOR)
-    group: dist.ProcessGroup = c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+def _agreed(sent: torch.Tensor, operation: str, settings: str, sizes: dict[str, object]) -> _Settings:
+    found = _Settings(settings)
     description = (
         f"operation={operation}",
         f"dtype={sent.dtype}",
         f"device={sent.device.type}",
         f"torch={torch.__version__}",
         f"attnmux={_VERSION}",
-        f"direct={direct}",
+        f"direct={found.direct}",
         *(f"{field}={value}" for field, value in sizes.items()),
-        *fields,
+        *found.fields,
     )
-    agree(group, "\n".join(description), float(timeout), every_call == "True")
-    return group
+    agree(found.group, "\n".join(description), found.timeout, found.checks_every_call)
+    return found
 
 
 def _count(elements: int, element_size: int) -> None:
@@ -167,7 +179,7 @@ def start_all_to_all(
     Raises:
         SequenceParallelError: Ranks disagree, one did not come, or the exchange failed.
     """
-    group = _agreed_group(sent, operation, settings, sizes)
+    group = _agreed(sent, operation, settings, sizes).group
     _count(sum(elements_out) - elements_out[group.rank()], sent.element_size())
     failed = _failure(group, operation, f"sending {elements_out} and receiving {elements_in}", sent.dtype)
     try:
@@ -223,15 +235,16 @@ def exchange(
     Raises:
         SequenceParallelError: Ranks disagree, one did not come, or the exchange failed.
     """
-    rank, ranks, outgoing = elements.rank, len(elements.senders), elements.outgoing
-    group = _agreed_group(received, operation, settings, sizes)
-    _, timeout, _, is_direct, *_ = settings.split(_SEPARATOR)
-    direct = direct_of(group, received.device, float(timeout)) if is_direct == "True" else None
+    rank, outgoing = elements.rank, elements.outgoing
+    agreed = _agreed(received, operation, settings, sizes)
+    group, direct = agreed.group, None
+    if agreed.direct:
+        direct = direct_of(group, received.device, agreed.timeout)
     if direct is None:
         sent = as_it_is
         if sent is None:
             sent = received.new_empty(sum(outgoing))
-            write(range(ranks), sent)
+            write(range(len(outgoing)), sent)
         fields = received, sent, elements.incoming, outgoing, operation, settings, sizes
         begin_all_to_all(*fields, waits=waits)
         return
@@ -239,10 +252,8 @@ def exchange(
     failed = _failure(group, operation, f"sending {outgoing} and receiving {elements.incoming}", received.dtype)
     try:
         parcel = direct.open(group, elements, received)
-        before = sum(outgoing[:rank])
-        for others, part in ((range(rank), parcel.buffer[:before]), (range(rank + 1, ranks), parcel.buffer[before:])):
-            if len(others):
-                write(others, part)
+        for ranks, part in parcel.parts:
+            write(ranks, part)
         parcel.send(received)
         if takes_own:
             # while the others' comes
@@ -270,7 +281,7 @@ def arrived(under_way: torch.Tensor, operation: str, settings: str) -> torch.Ten
     try:
         found = torch.ops._c10d_functional.wait_tensor(under_way)
     except RuntimeError as error:
-        group: dist.ProcessGroup = c10d._resolve_process_group(settings.split(_SEPARATOR)[0])  # type: ignore[attr-defined, arg-type]
+        group = _Settings(settings).group
         what = f"receiving {under_way.numel()}"
         raise SequenceParallelError(f"{_failure(group, operation, what, under_way.dtype)}: {error}") from error
     return found
@@ -312,7 +323,7 @@ def all_gather(
     Raises:
         SequenceParallelError: As for `start_all_to_all`.
     """
-    group = _agreed_group(sent, operation, settings, sizes)
+    group = _agreed(sent, operation, settings, sizes).group
     _count(sent.numel() * (group.size() - 1), sent.element_size())
     # torch 2.13 has a new name for it, and warns about the old one
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

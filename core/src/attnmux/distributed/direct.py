@@ -2,9 +2,9 @@
 
 A kernel that sends and receives holds multiprocessors, also while it waits for a rank that is not as far; copy engines hold none.
 A rank writes what the others want to its stage, memory that they see: torch's symmetric memory, among ranks of one host whose GPUs
-reach each other. Once all have written, each copies, and before a stage is written again all meet once more. To meet takes a kernel
-of a few threads; they never do while a group of heads is attended to and nothing of theirs is due, for a kernel that waits there
-would keep a multiprocessor from attention that has a block for each.
+reach each other. Once all have written, each copies; before the stage is written again, they meet once more. What meets is a kernel
+of a few threads that waits on a multiprocessor, which attention with one block for each would miss: so it does only where the
+exchange cannot go on without.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     import torch.distributed as dist
 
-__all__ = ["Direct", "Elements", "Parcel", "direct_of"]
+__all__ = ["Direct", "Elements", "Parcel", "direct_of", "others"]
 
 _logger = logging.getLogger("attnmux")
 
@@ -70,6 +70,11 @@ class Elements(NamedTuple):
     def largest_stage(self) -> int:
         """Elements of the rank that has most for others."""
         return max(self.staged(sender)[-1] for sender in range(len(self.senders)))
+
+
+def others(rank: int, size: int) -> list[range]:
+    """Return the ranks before one and those after it, as far as there are any."""
+    return [ranks for ranks in (range(rank), range(rank + 1, size)) if ranks]
 
 
 def direct_of(group: dist.ProcessGroup, device: torch.device, timeout: float) -> Direct | None:
@@ -136,12 +141,14 @@ class _Stage:
         memory: Of every rank.
         stream: None on a CPU, where everything happens at once.
         is_open: Whether an exchange is between being written and having arrived.
+        copied: When this rank has what it copied last, outside of graphs.
         captured: What captured graphs write to: a stage that grew is kept for them.
     """
 
     memory: SharedMemory
     stream: torch.cuda.Stream | None
     is_open: bool = False
+    copied: torch.cuda.Event | None = None
     captured: list[SharedMemory] = field(default_factory=list)
 
     @property
@@ -152,9 +159,13 @@ class _Stage:
     def open(self) -> None:
         """Let the current stream write, once all have copied what was written before."""
         self.is_open = True
+        if is_capturing():
+            if not any(memory is self.memory for memory in self.captured):
+                self.captured.append(self.memory)
+        elif self.copied is not None:
+            # the exchange before may have been waited for on another stream
+            self.copied.wait()
         self.memory.meet()
-        if is_capturing() and not any(memory is self.memory for memory in self.captured):
-            self.captured.append(self.memory)
 
     def copying(self) -> AbstractContextManager[Any]:
         """Enter the stream that copies, after what the current one was given so far."""
@@ -217,13 +228,17 @@ class Parcel(Work):
     """What a rank has for the others, until what they have for it is there.
 
     Attributes:
-        buffer: Flat; what is for each of the others, in rank order.
+        parts: What is for the ranks before this one, and for those after it, flat and in rank order.
     """
 
     def __init__(self, stage: _Stage, elements: Elements, dtype: torch.dtype) -> None:
         super().__init__()
         self._stage, self._elements, self._dtype = stage, elements, dtype
-        self.buffer = self._memory_of(elements.rank)[: elements.staged(elements.rank)[-1]]
+        starts, own = elements.staged(elements.rank), self._memory_of(elements.rank)
+        self.parts = [
+            (ranks, own[starts[ranks.start] : starts[ranks.stop]])
+            for ranks in others(elements.rank, len(elements.senders))
+        ]
         self._received: torch.Tensor | None = None
         self._there: torch.cuda.Event | None = None
 
@@ -242,6 +257,7 @@ class Parcel(Work):
                 parts[sender].copy_(self._memory_of(sender)[start : start + parts[sender].numel()])
             if stage.stream is not None:
                 self._there = stage.stream.record_event()
+                stage.copied = None if is_capturing() else self._there
         # its memory is not to be given away before it is filled
         self._received = received
 

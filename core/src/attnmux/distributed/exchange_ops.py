@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from attnmux.distributed.collective import arrived, exchange
-from attnmux.distributed.direct import Elements
+from attnmux.distributed.direct import Elements, others
 from attnmux.distributed.words import copy_words
 
 __all__ = [
@@ -34,6 +34,12 @@ def count_heads(ranges: tuple[int, ...] | list[int], size: int) -> list[list[int
     each = [last - first for first, last in zip(ranges[::2], ranges[1::2], strict=True)]
     count = len(each) // size
     return [each[count * peer : count * (peer + 1)] for peer in range(size)]
+
+
+def _ranges_of(ranges: list[int], size: int, ranks: range) -> list[int]:
+    """Return the ranges of ranks that follow one another."""
+    each = len(ranges) // size
+    return ranges[each * ranks.start : each * ranks.stop]
 
 
 def _totals(ranges: list[int], size: int) -> list[int]:
@@ -135,11 +141,10 @@ def send_heads(
     size, length, total = len(lengths), lengths[rank], sum(lengths)
     batch, _, _, dim = tensors[0].shape
     unit, tail = batch * dim, text[0].shape[1] if text else 0
-    counts, by_rank = _totals(ranges, size), _by_group(ranges, size)
+    counts = _totals(ranges, size)
 
     def write(ranks: range, part: torch.Tensor) -> None:
-        of_ranks = [bound for peer in ranks for bound in by_rank[peer]]
-        for piece in _pieces(part, of_ranks, len(ranks), length, batch, dim):
+        for piece in _pieces(part, _ranges_of(ranges, size, ranks), len(ranks), length, batch, dim):
             copy_words(piece.part, piece.of(tensors[piece.tensor][:, :length]))
 
     result = tensors[0].new_empty(_heads_numel(ranges, lengths, rank, unit, tail))
@@ -153,7 +158,7 @@ def send_heads(
         waits=waits,
     )
     if text:
-        own = by_rank[rank]
+        own = _by_group(ranges, size)[rank]
         behind = result[total * unit * counts[rank] :][: tail * unit * counts[rank]]
         for piece in _pieces(behind, own, 1, tail, batch, dim):
             copy_words(piece.part, piece.of(text[piece.tensor]))
@@ -304,8 +309,8 @@ def send_shards(
     flat, firsts = x.transpose(0, 1), list(accumulate(lengths, initial=0))  # [S + T, B, h, D]
 
     def write(ranks: range, part: torch.Tensor) -> None:
-        counts_ = [lengths[peer] + tail for peer in ranks]
-        for peer, block in zip(ranks, torch.split(part.view(sum(counts_), batch, own, dim), counts_), strict=True):
+        blocks = [lengths[peer] + tail for peer in ranks]
+        for peer, block in zip(ranks, torch.split(part.view(sum(blocks), batch, own, dim), blocks), strict=True):
             copy_words(block[: lengths[peer]], flat[firsts[peer] : firsts[peer + 1]])
             copy_words(block[lengths[peer] :], flat[total:])
 
@@ -359,16 +364,14 @@ def arrived_shards(
     text = sent[0].new_empty(batch, tail, heads, dim)
     first = sum(lengths[:rank])
     for flat, of_group, x in zip(under_way, _by_group(ranges, len(under_way)), sent, strict=True):
-        by_rank, unit = _by_group(of_group, size), (length + tail) * batch * dim
-        heads_own = slice(*by_rank[rank])
-        copy_words(shard[:, :length, heads_own], x[:, first : first + length])
-        copy_words(text[:, :, heads_own], x[:, long - tail :])
+        own = slice(*_by_group(of_group, size)[rank])
+        copy_words(shard[:, :length, own], x[:, first : first + length])
+        copy_words(text[:, :, own], x[:, long - tail :])
         arrived(flat, "to_shards", settings)
-        counts = _totals(of_group, size)
-        for ranks in (range(rank), range(rank + 1, size)):
-            of_ranks = [bound for peer in ranks for bound in by_rank[peer]]
-            part = flat[unit * sum(counts[: ranks.start]) : unit * sum(counts[: ranks.stop])]
-            for piece in _pieces(part, of_ranks, len(ranks), length + tail, batch, dim) if ranks else ():
+        starts = [(length + tail) * batch * dim * n for n in accumulate(_totals(of_group, size), initial=0)]
+        for ranks in others(rank, size):
+            part, of_ranks = flat[starts[ranks.start] : starts[ranks.stop]], _ranges_of(of_group, size, ranks)
+            for piece in _pieces(part, of_ranks, len(ranks), length + tail, batch, dim):
                 copy_words(piece.of(shard[:, :length]), piece.part[:, :, :length])
                 copy_words(piece.of(text), piece.part[:, :, length:])
     return shard, text
@@ -403,11 +406,9 @@ def send_gradients_of_shards(
     """Send each rank its heads of the gradients `[B, rows, H, D]` and, of the text, `[B, T, H, D]`."""
     batch, tail, _, dim = grad_text.shape
     size, length, unit, counts = len(lengths), lengths[rank], batch * dim, _totals(ranges, len(lengths))
-    by_rank = _by_group(ranges, size)
 
     def write(ranks: range, part: torch.Tensor) -> None:
-        of_ranks = [bound for peer in ranks for bound in by_rank[peer]]
-        for piece in _pieces(part, of_ranks, len(ranks), length + tail, batch, dim):
+        for piece in _pieces(part, _ranges_of(ranges, size, ranks), len(ranks), length + tail, batch, dim):
             copy_words(piece.part[:, :, :length], piece.of(grad[:, :length]))
             copy_words(piece.part[:, :, length:], piece.of(grad_text))
 
