@@ -1,17 +1,11 @@
-"""Exchanges by copies from memory that all ranks see, on the CPU, where mapped files stand in for it."""
+"""Exchanges by copies from memory that all ranks see, on the CPU, where mapped files stand in for it; see test_distributed too."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_distributed import SHAPES, order_of
+from test_distributed import order_of
 
 from attnmux.distributed.direct import Elements
-
-
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_the_whole_sequence_and_sends_as_much_as_collectives(pools, size, shape):
-    assert pools(size).run("direct_jobs.run", "compare", *shape) == pools(size).run("compare", *shape)
 
 
 @pytest.mark.parametrize(("size", "overlap"), [(2, 2), (2, 3), (4, 2)])

@@ -23,11 +23,13 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("size", "how"), [(1, ()), (2, ()), (4, ()), (2, ("direct_jobs.run",)), (4, ("direct_jobs.run",))]
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_the_whole_sequence(pools, size, shape):
+def test_matches_the_whole_sequence(pools, size, how, shape):
     length, batch, heads, kv_heads, text, _, padded = shape
-    counts = pools(size).run("compare", *shape)
+    counts = pools(size).run(*how, "compare", *shape)
     plan = SeqPlan.padded(length, -(-length // size) + 1, size) if padded else SeqPlan.balanced(length, size)
     of = HeadPlan.of(heads, kv_heads, size)
     width = [last - first for first, last in of.q]
