@@ -38,9 +38,9 @@ class SPGroup:
         size: Number of ranks.
         timeout: Seconds that the agreement check waits for another rank.
         checks_every_call: Whether ranks compare what they exchange on every call, not only at the first of each kind.
-        direct: Whether ranks that see each other's memory, as GPUs of one host do, exchange heads by copying from it.
         ulysses: For the strategy "usp": the ranks around this one that exchange tokens for heads. None = all of them.
         ring: For "usp": the ranks among which keys go around, each in another `ulysses` group. None = none.
+        direct: Whether ranks that see each other's memory, as GPUs of one host do, exchange heads by copying from it.
     """
 
     name: str = ""
@@ -48,9 +48,9 @@ class SPGroup:
     size: int = 1
     timeout: float = DEFAULT_TIMEOUT
     checks_every_call: bool = False
-    direct: bool = True
     ulysses: SPGroup | None = None
     ring: SPGroup | None = None
+    direct: bool = True
 
     @classmethod
     def local(cls) -> SPGroup:
@@ -72,7 +72,7 @@ class SPGroup:
         if not timeout > 0:
             raise UnsupportedRequestError(f"timeout must be > 0 seconds, got {timeout!r}")
         checks = read_environment().checks_every_exchange
-        return cls(group.group_name, group.rank(), group.size(), timeout, checks, direct)
+        return cls(group.group_name, group.rank(), group.size(), timeout, checks, direct=direct)
 
     @classmethod
     def from_groups(
@@ -96,7 +96,7 @@ class SPGroup:
         """
         inner, outer = (cls.from_group(group, timeout=timeout, direct=direct) for group in (ulysses, ring))
         rank, size = outer.rank * inner.size + inner.rank, outer.size * inner.size
-        return cls("", rank, size, timeout, inner.checks_every_call, direct, inner, outer)
+        return cls("", rank, size, timeout, inner.checks_every_call, inner, outer, direct)
 
     @classmethod
     def from_mesh(cls, mesh: DeviceMesh, *, timeout: float = DEFAULT_TIMEOUT, direct: bool = True) -> SPGroup:
