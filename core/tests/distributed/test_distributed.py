@@ -100,15 +100,17 @@ def test_one_rank_gives_the_bits_of_local_attention_by_the_same_operations(pools
     pools(1).run("one_rank", strategy)
 
 
+@pytest.mark.parametrize("how", [(), ("direct_jobs.run",)])
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.sampled_from([2, 4]), st.data())
-def test_every_exchange_brings_the_right_heads_and_its_inverse_the_tokens(pools, size, data):
+def test_every_exchange_brings_the_right_heads_and_its_inverse_the_tokens(pools, how, size, data):
     lengths = data.draw(st.lists(st.integers(0, 5), min_size=size, max_size=size).filter(any))
     rows = [length + data.draw(st.integers(0, 2)) for length in lengths]
     kv_heads, group = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
     batch, text = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 3))
     groups = data.draw(st.integers(1, -(-kv_heads // size)))
-    pools(size).run("there_and_back", tuple(lengths), tuple(rows), batch, kv_heads * group, kv_heads, text, groups)
+    of_call = tuple(lengths), tuple(rows), batch, kv_heads * group, kv_heads, text, groups
+    pools(size).run(*how, "there_and_back", *of_call)
 
 
 def test_operators_pass_torchs_own_checks(pools):
