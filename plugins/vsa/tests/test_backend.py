@@ -236,7 +236,7 @@ class TestOperator:
         [
             (
                 {"engine": "fast"},
-                r"engine='fast' is not known; engines are reference, triton",
+                r"engine='fast' is unknown to VIDEO_SPARSE_ATTN; expected None or one of reference, triton",
             ),
             ({"engine": "triton"}, r"engine 'triton' cannot run this call: q is on cpu; Triton and an NVIDIA GPU"),
             ({"conform": "fp8"}, r"conform='fp8' is not known; expected None or one of bf16-scores"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,9 +20,6 @@ from attnmux_blocksparse.kernels.configs import (
     FA4_HEAD_SIZES,
     HOPPER_HEAD_SIZES,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 ENGINES = ("reference", "triton", "hopper", "fa4")
 HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -188,47 +184,24 @@ def _scale_and_stride_reasons(request: KernelRequest) -> list[Reason]:
 
 
 def _gpu_reasons(request: KernelRequest, minimum: tuple[int, int]) -> list[Reason]:
-    """What every GPU engine needs."""
-    return gpu_reasons(request.q, minimum) + empty_reasons(request.q, request.k)
-
-
-def gpu_reasons(
-    q: torch.Tensor,
-    minimum: tuple[int, int],
-    *,
-    dtypes: tuple[torch.dtype, ...] = HALF_TYPES,
-    on_older_cards: str = "use engine='reference'",
-) -> list[Reason]:
-    """Return why Triton kernels cannot serve q: no triton, no NVIDIA card, an older one, another type.
-
-    Args:
-        q: Of which the type and the device are looked at.
-        minimum: Compute capability that the kernels need.
-        dtypes: Types that they take.
-        on_older_cards: What to do where the card is older.
-    """
+    """What every GPU engine needs: triton, an NVIDIA card, a half type, something to compute."""
     reasons = []
     if find_spec("triton") is None:
         reasons.append(Reason("triton", "the package triton is not installed", "pip install triton"))
-    capability = device_capability(q)
+    capability = device_capability(request.q)
     if capability is None:
         reasons.append(
-            Reason("device", f"q is on {q.device.type!r}; an NVIDIA GPU is needed", "use engine='reference'")
+            Reason("device", f"q is on {request.q.device.type!r}; an NVIDIA GPU is needed", "use engine='reference'")
         )
     elif capability < minimum:
-        needed = f"compute capability {capability}; at least {minimum} is needed"
-        reasons.append(Reason("architecture", needed, on_older_cards))
-    if q.dtype not in dtypes:
-        supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        reasons.append(Reason("dtype", f"q is {q.dtype}; supported: {supported}", "cast, or use engine='reference'"))
+        reasons.append(Reason("architecture", f"compute capability {capability}; at least {minimum} is needed"))
+    if request.q.dtype not in HALF_TYPES:
+        reasons.append(
+            Reason("dtype", f"q is {request.q.dtype}; supported: bfloat16, float16", "cast, or use engine='reference'")
+        )
+    if 0 in request.q.shape or 0 in request.k.shape:
+        reasons.append(Reason("shape", "a tensor without elements", "use engine='reference'"))
     return reasons
-
-
-def empty_reasons(*tensors: torch.Tensor) -> list[Reason]:
-    """Return that there is nothing to compute, if a tensor has no elements."""
-    if all(0 not in x.shape for x in tensors):
-        return []
-    return [Reason("shape", "a tensor without elements", "use engine='reference'")]
 
 
 REASONS = {"reference": reference_reasons, "triton": triton_reasons, "hopper": hopper_reasons, "fa4": fa4_reasons}
@@ -239,41 +212,22 @@ def is_supported(engine: str, request: KernelRequest) -> list[Reason]:
     return REASONS[engine](request)
 
 
-def choose(
-    name: str | None, order: tuple[str, ...], engines: tuple[str, ...], reasons_of: Callable[[str], list[Reason]]
-) -> str | None:
-    """Return the named engine, or without a name the first that serves the call; None if none does.
-
-    Args:
-        name: What was asked for; None or empty for any.
-        order: Engines to choose from, the fastest first.
-        engines: Those that may be named.
-        reasons_of: Gives why an engine cannot serve the call, nothing if it can.
-
-    Raises:
-        UnsupportedRequestError: The named engine is unknown or cannot serve the call, with every reason.
-    """
-    if not name:
-        for engine in order:
-            if not reasons_of(engine):
-                return engine
-        return None
-    if name not in engines:
-        raise UnsupportedRequestError(f"engine={name!r} is not known; engines are {', '.join(engines)}")
-    reasons = reasons_of(name)
-    if reasons:
-        listed = "; ".join(map(str, reasons))
-        raise UnsupportedRequestError(f"engine {name!r} cannot run this call: {listed}.", reasons)
-    return name
-
-
 def choose_engine(name: str | None, request: KernelRequest) -> str:
-    """Return the named engine, or the first of the measured order that serves the call.
+    """The named engine, or the first of the measured order that serves the call.
 
     Raises:
-        UnsupportedRequestError: See `choose`; or no engine takes the type.
+        UnsupportedRequestError: the named engine is unknown or cannot serve the call, with every reason.
     """
-    engine = choose(name, AUTOMATIC_ORDER, ENGINES, lambda engine: is_supported(engine, request))
-    if engine is None:
-        raise UnsupportedRequestError(f"no engine takes q of type {request.q.dtype}.", reference_reasons(request))
-    return engine
+    if name:
+        if name not in ENGINES:
+            raise UnsupportedRequestError(f"engine={name!r} is not known; engines are {', '.join(ENGINES)}.")
+        reasons = is_supported(name, request)
+        if reasons:
+            raise UnsupportedRequestError(
+                f"engine {name!r} cannot run this call: " + "; ".join(map(str, reasons)) + ".", reasons
+            )
+        return name
+    for candidate in AUTOMATIC_ORDER:
+        if not is_supported(candidate, request):
+            return candidate
+    raise UnsupportedRequestError(f"no engine takes q of type {request.q.dtype}.", reference_reasons(request))

@@ -6,11 +6,13 @@ Importing this module imports no triton; an engine's kernels are imported when i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
+from attnmux.errors import UnsupportedRequestError
 from attnmux.spec import Reason
-from attnmux_blocksparse.kernels import HALF_TYPES, choose, device_capability, gpu_reasons
+from attnmux_blocksparse.kernels import HALF_TYPES, device_capability
 from attnmux_blocksparse.kernels.arguments import tma_reason
 from attnmux_sage.kernels.configs import AUTOMATIC_ORDER
 from attnmux_sage.kernels.official import official_reasons
@@ -91,11 +93,23 @@ def hopper_reasons(request: KernelRequest) -> list[Reason]:
 
 
 def _gpu_reasons(request: KernelRequest, minimum: tuple[int, int]) -> list[Reason]:
-    """What every engine of ours needs on a GPU."""
+    """What every engine of ours needs on a GPU: triton, an NVIDIA card, a half type."""
+    reasons = []
+    if find_spec("triton") is None:
+        reasons.append(Reason("triton", "the package triton is not installed", "pip install triton"))
     capability = device_capability(request.q)
-    takes_half = request.pv == "fp8" and capability is not None and capability >= HALF_MINIMUM
-    hint = "use pv='bf16'" if takes_half else "use engine='reference'"
-    return gpu_reasons(request.q, minimum, on_older_cards=hint)
+    if capability is None:
+        reasons.append(
+            Reason("device", f"q is on {request.q.device.type!r}; an NVIDIA GPU is needed", "use engine='reference'")
+        )
+    elif capability < minimum:
+        hint = "use pv='bf16'" if request.pv == "fp8" and capability >= HALF_MINIMUM else "use engine='reference'"
+        reasons.append(Reason("architecture", f"compute capability {capability}; at least {minimum} is needed", hint))
+    if request.q.dtype not in HALF_TYPES:
+        reasons.append(
+            Reason("dtype", f"q is {request.q.dtype}; supported: bfloat16, float16", "cast, or use engine='reference'")
+        )
+    return reasons
 
 
 REASONS = {
@@ -112,12 +126,18 @@ def is_supported(engine: str, request: KernelRequest) -> list[Reason]:
 
 
 def choose_engine(name: str, request: KernelRequest) -> str:
-    """Return the named engine, or for an empty name the first of the measured order that serves the call.
+    """The named engine, or for an empty name the first of the measured order that serves the call.
 
     Raises:
         UnsupportedRequestError: The named engine is unknown or cannot serve the call, with every reason.
     """
-    engine = choose(name, AUTOMATIC_ORDER, ENGINES, lambda engine: is_supported(engine, request))
-    # the reference serves every call
-    assert engine is not None
-    return engine
+    if not name:
+        return next(engine for engine in AUTOMATIC_ORDER if not is_supported(engine, request))
+    if name not in ENGINES:
+        raise UnsupportedRequestError(f"engine={name!r} is not known; engines are {', '.join(ENGINES)}")
+    reasons = is_supported(name, request)
+    if reasons:
+        raise UnsupportedRequestError(
+            f"engine {name!r} cannot run this call: " + "; ".join(map(str, reasons)) + ".", reasons
+        )
+    return name

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from attnmux.errors import UnsupportedRequestError
 from attnmux.spec import Reason
 from attnmux_blocksparse.kernels import KernelRequest as BlockSparseRequest
-from attnmux_blocksparse.kernels import choose
 from attnmux_blocksparse.kernels import triton_reasons as block_sparse_reasons
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ __all__ = ["ENGINES", "MOST_CHUNKS", "KernelRequest", "choose_engine", "triton_r
 
 ENGINES = ("reference", "triton")
 """What can compute the operator; None picks the last that serves a call."""
-
-ORDER = ENGINES[::-1]
 
 MOST_CHUNKS = 512
 """The gates of a query stay in registers while chunks are chosen."""
@@ -62,6 +60,11 @@ def choose_engine(name: str | None, request: KernelRequest) -> str:
     Raises:
         UnsupportedRequestError: The named engine is unknown or cannot serve the call, with every reason.
     """
-    engine = choose(name, ORDER, ENGINES, lambda engine: triton_reasons(request) if engine == "triton" else [])
-    assert engine is not None
-    return engine
+    if name and name not in ENGINES:
+        raise UnsupportedRequestError(f"engine={name!r} is not known; engines are {', '.join(ENGINES)}")
+    if name == "reference":
+        return name
+    reasons = triton_reasons(request)
+    if name and reasons:
+        raise UnsupportedRequestError(f"engine {name!r} cannot run this call: " + "; ".join(map(str, reasons)), reasons)
+    return "reference" if reasons else "triton"

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from attnmux.errors import UnsupportedRequestError
 from attnmux.spec import Reason
 from attnmux_blocksparse.index import BLOCK_SIZES
-from attnmux_blocksparse.kernels import HALF_TYPES, can_launch, choose
+from attnmux_blocksparse.kernels import HALF_TYPES, can_launch
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +19,6 @@ __all__ = ["ENGINES", "choose_engine", "triton_reasons"]
 
 ENGINES = ("reference", "triton")
 """What can compute the operator: plain PyTorch, or Triton kernels around the block-sparse operator's fastest engine."""
-
-ORDER = ENGINES[::-1]
 
 
 def triton_reasons(q: torch.Tensor, tile_volume: int) -> list[Reason]:
@@ -59,6 +58,15 @@ def choose_engine(name: str | None, q: torch.Tensor, tile_volume: int) -> str:
     Raises:
         UnsupportedRequestError: The named engine is unknown or cannot serve the call; lists every reason.
     """
-    engine = choose(name, ORDER, ENGINES, lambda engine: triton_reasons(q, tile_volume) if engine == "triton" else [])
-    assert engine is not None
-    return engine
+    if name is not None and name not in ENGINES:
+        raise UnsupportedRequestError(
+            f"engine={name!r} is unknown to VIDEO_SPARSE_ATTN; expected None or one of {', '.join(ENGINES)}"
+        )
+    if name == "reference":
+        return name
+    reasons = triton_reasons(q, tile_volume)
+    if name == "triton" and reasons:
+        raise UnsupportedRequestError(
+            f"engine {name!r} cannot run this call: " + "; ".join(map(str, reasons)) + ".", reasons
+        )
+    return "reference" if reasons else "triton"
