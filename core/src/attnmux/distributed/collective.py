@@ -92,11 +92,9 @@ class _Settings:
     def __init__(self, text: str) -> None:
         name, timeout, checks_every_call, direct, *self.fields = text.split(_SEPARATOR)
         self.group: dist.ProcessGroup = c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
-        self.timeout, self.checks_every_call, self.direct = (
-            float(timeout),
-            checks_every_call == "True",
-            direct == "True",
-        )
+        self.timeout = float(timeout)
+        self.checks_every_call = checks_every_call == "True"
+        self.direct = direct == "True"
 
 
 @dataclass(frozen=True)
@@ -249,22 +247,22 @@ def exchange(
         begin_all_to_all(*fields, waits=waits)
         return
     _count(sum(outgoing) - outgoing[rank], received.element_size())
-    failed = _failure(group, operation, f"sending {outgoing} and receiving {elements.incoming}", received.dtype)
     try:
         parcel = direct.open(group, elements, received)
         for ranks, part in parcel.parts:
             write(ranks, part)
-        parcel.send(received)
+        own = parcel.send(received)
         if takes_own:
             # while the others' comes
-            write(range(rank, rank + 1), torch.split(received, elements.incoming)[rank])
+            write(range(rank, rank + 1), own)
         if waits:
             parcel.wait()
         else:
             _register_work(received, parcel)
     except torch.AcceleratorError as error:
         # of this exchange or of an earlier one, in which another rank did not come
-        raise SequenceParallelError(f"{failed}: {error}") from error
+        what = f"sending {outgoing} and receiving {elements.incoming}"
+        raise SequenceParallelError(f"{_failure(group, operation, what, received.dtype)}: {error}") from error
 
 
 def arrived(under_way: torch.Tensor, operation: str, settings: str) -> torch.Tensor:

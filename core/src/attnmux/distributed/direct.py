@@ -69,7 +69,8 @@ class Elements(NamedTuple):
     @property
     def largest_stage(self) -> int:
         """Elements of the rank that has most for others."""
-        return max(self.staged(sender)[-1] for sender in range(len(self.senders)))
+        total = sum(self.receivers)
+        return max(sender * (total - own) for sender, own in zip(self.senders, self.receivers, strict=True))
 
 
 def others(rank: int, size: int) -> list[range]:
@@ -245,8 +246,8 @@ class Parcel(Work):
     def _memory_of(self, rank: int) -> torch.Tensor:
         return self._stage.memory.of_rank[rank].view(self._dtype)
 
-    def send(self, received: torch.Tensor) -> None:
-        """Start to fill the flat `received`, in rank order, with what others have for this rank; its own part stays as it is."""
+    def send(self, received: torch.Tensor) -> torch.Tensor:
+        """Start to fill the flat `received`, in rank order, with what others have for this rank; return its own part, untouched."""
         elements, stage, rank = self._elements, self._stage, self._elements.rank
         parts = torch.split(received, elements.incoming)
         with stage.copying():
@@ -260,6 +261,7 @@ class Parcel(Work):
                 stage.copied = None if is_capturing() else self._there
         # its memory is not to be given away before it is filled
         self._received = received
+        return parts[rank]
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Let the current stream wait for what was received."""
